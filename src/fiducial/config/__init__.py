@@ -1,0 +1,1 @@
+"""YAML to `RunConfig`. Nothing in this package imports torch."""

@@ -1,0 +1,250 @@
+"""The typed run: what every other module reads instead of YAML.
+
+`fiducial.config.load` turns the flat dialect into one `RunConfig`. Absent is `None`; a default that is a
+decision (and not a neutral value) says why beside it.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+
+from fiducial.config.methods import AnyMethod
+
+DType = Literal["float32", "bfloat16", "float16"]
+SourceChoice = Literal["auto", "none", "adapter_off", "frozen_adapter", "separate_model", "initial_policy"]
+ScheduleChoice = Literal["auto", "live", "precomputed"]
+
+
+class Section(BaseModel):
+    """One part of a run's configuration: frozen, with no unknown fields."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    """The checkpoint the policy starts from, and how it is held."""
+
+    base_model: str
+    """A local folder or a hub name."""
+    revision: str | None = None
+    trust_remote_code: bool = False
+    allow_pickle_weights: bool = False
+    """Open `.bin` weights, which can run code, where a checkpoint has no safetensors."""
+    config_overrides: dict[str, Any] = Field(default_factory=dict)
+    """Merged into the checkpoint's config.json."""
+    dtype: DType = "float32"
+    """How the weights are held. Trained weights are float32 unless `bf16: full`: bfloat16 loses small updates."""
+    autocast: DType | None = None
+    """Precision of the matrix products; None means the weights' own."""
+    tf32: bool = False
+    attn_implementation: str | None = None
+    """Stock attention where rows are padded; packed rows use Fiducial's own."""
+    packing: bool | None = None
+    """Pack rows and share prompts: None measures whether the model allows it, True makes "no" an error."""
+    load_in_8bit: bool = False
+    load_in_4bit: bool = False
+    bnb_config_kwargs: dict[str, Any] = Field(default_factory=dict)
+    reinit_weights: bool = False
+    """Draw the weights at random from the config instead of loading them."""
+    unfrozen_parameters: tuple[str, ...] | None = None
+    """Regular expressions; parameters that match none of them are frozen."""
+    gradient_checkpointing: bool = False
+    gradient_checkpointing_kwargs: dict[str, Any] = Field(default_factory=dict)
+    torch_compile: bool = False
+
+
+class TokenizerConfig(Section):
+    """The tokenizer, its special tokens, and the chat template."""
+
+    path: str | None = None
+    """Where the tokenizer is, if not beside the base model."""
+    use_fast: bool = True
+    special_tokens: dict[str, str] = Field(default_factory=dict)
+    """`pad_token`, `eos_token`, `bos_token`, `unk_token`."""
+    tokens: tuple[str, ...] = ()
+    """Tokens to add to the vocabulary."""
+    resize_embeddings_to_32x: bool = False
+    mean_resizing_embeddings: bool = True
+    """New embedding rows start at the mean of the old ones (deterministic), not at random."""
+    chat_template: str | None = None
+    """A named template, `tokenizer_default`, or `jinja` with `chat_template_jinja`."""
+    chat_template_jinja: str | None = None
+    """The template's text, or a file that holds it."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+
+
+class AdapterConfig(Section):
+    """A PEFT adapter: a new one, or one to continue."""
+
+    kind: Literal["lora", "qlora"]
+    path: str | None = None
+    """An existing adapter to resume (`lora_model_dir`): local folder or hub name."""
+    r: PositiveInt = 8
+    alpha: PositiveInt = 16
+    dropout: NonNegativeFloat = 0.0
+    target_modules: tuple[str, ...] | str | None = None
+    target_linear: bool = False
+    target_parameters: tuple[str, ...] = ()
+    modules_to_save: tuple[str, ...] = ()
+    fan_in_fan_out: bool = False
+    rank_pattern: dict[str, PositiveInt] = Field(default_factory=dict)
+    alpha_pattern: dict[str, PositiveInt] = Field(default_factory=dict)
+    layers_to_transform: tuple[int, ...] = ()
+    layers_pattern: tuple[str, ...] = ()
+    layer_replication: tuple[tuple[int, int], ...] = ()
+    use_dora: bool = False
+    use_rslora: bool = False
+    init_lora_weights: bool | str = True
+    """How the adapter starts, in PEFT's names: True, "gaussian", "pissa", "olora", "eva", "loftq", …, False."""
+    loftq_bits: PositiveInt | None = None
+    trainable_token_indices: tuple[int, ...] | dict[str, tuple[int, ...]] | None = None
+    ensure_weight_tying: bool = False
+    autocast_adapter_dtype: bool = True
+    bias: Literal["none", "all", "lora_only"] = "none"
+
+
+class ReferenceConfig(Section):
+    """Which policy is the reference, and when it is scored."""
+
+    source: SourceChoice = "auto"
+    schedule: ScheduleChoice = "auto"
+    model: str | None = None
+    """Another checkpoint to compare with, instead of the starting policy."""
+    revision: str | None = None
+    dtype: DType | None = None
+    device: Literal["cpu"] | None = None
+
+
+class DatasetConfig(Section):
+    """One dataset and how to read a preference from its rows."""
+
+    path: str
+    type: str | dict[str, Any] = "auto"
+    split: str | None = None
+    name: str | None = None
+    data_files: str | tuple[str, ...] | None = None
+    ds_type: Literal["json", "csv", "parquet", "arrow", "text"] | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    shards: PositiveInt | None = None
+    """Use one of this many shards."""
+    field_messages: str | None = None
+    field_chosen: str | None = None
+    field_rejected: str | None = None
+    field_prompt: str | None = None
+    field_system: str | None = None
+    roles: dict[str, tuple[str, ...]] | None = None
+    """Our role (`user`, `assistant`, `system`, `tool`) to the names the rows use."""
+    message_property_mappings: dict[str, str] | None = None
+    """`role` and `content` to the keys the rows use."""
+
+
+class DataConfig(Section):
+    """The preference data and how long a sequence may be."""
+
+    datasets: tuple[DatasetConfig, ...]
+    test_datasets: tuple[DatasetConfig, ...] = ()
+    val_set_size: NonNegativeFloat = 0.0
+    """Below 1 a share, from 1 a number of rows, held out from `datasets`."""
+    sequence_len: PositiveInt = 2048
+    """Longest prompt + completion in tokens."""
+    excess_length: Literal["drop", "truncate", "raise"] = "drop"
+    shuffle: bool = True
+    exact_deduplication: bool = False
+    streaming: bool = False
+    prepared_path: str | None = None
+    num_proc: PositiveInt | None = None
+    dataloader_num_workers: int = Field(default=0, ge=0)
+    dataloader_pin_memory: bool = True
+
+
+class OptimizationConfig(Section):
+    """The optimizer, its schedule, and how much data one step sees."""
+
+    learning_rate: PositiveFloat = 1e-6
+    optimizer: str = "adamw_torch_fused"
+    optim_args: str | dict[str, Any] | None = None
+    weight_decay: NonNegativeFloat = 0.0
+    max_grad_norm: NonNegativeFloat = 1.0
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    adam_epsilon: PositiveFloat = 1e-8
+    lr_scheduler: str = "cosine"
+    lr_scheduler_kwargs: dict[str, Any] = Field(default_factory=dict)
+    warmup_steps: int | None = Field(default=None, ge=0)
+    warmup_ratio: float | None = Field(default=None, ge=0, le=1)
+    num_epochs: PositiveFloat = 1.0
+    max_steps: PositiveInt | None = None
+    micro_batch_size: PositiveInt = 1
+    """Groups a process takes in one accumulation step; only the product below matters for the result."""
+    gradient_accumulation_steps: PositiveInt = 1
+    micro_batch_tokens: PositiveInt | Literal["auto"] = "auto"
+    """Most tokens one forward pass holds. Changes memory and speed, never the gradient."""
+    seed: int = 42
+
+    @property
+    def groups_per_step(self) -> int:
+        """Groups (pairs) one process contributes to an optimizer step."""
+        return self.micro_batch_size * self.gradient_accumulation_steps
+
+
+class EvaluationConfig(Section):
+    """When held-out pairs are scored, and what is done with the result."""
+
+    strategy: Literal["no", "steps", "epoch"] = "no"
+    steps: PositiveFloat | None = None
+    """Optimizer steps between evaluations; below 1 a share of all steps."""
+    per_epoch: PositiveInt | None = None
+    batch_size: PositiveInt | None = None
+    metric_for_best_model: str | None = None
+    greater_is_better: bool | None = None
+    load_best_model_at_end: bool = False
+    early_stopping_patience: PositiveInt | None = None
+
+
+class DistributedConfig(Section):
+    """How the run is spread over processes."""
+
+    fsdp_version: Literal[2] | None = None
+    fsdp_config: dict[str, Any] | None = None
+    deepspeed: str | dict[str, Any] | None = None
+    ddp_timeout: PositiveInt | None = None
+    ddp_bucket_cap_mb: PositiveInt | None = None
+    ddp_broadcast_buffers: bool | None = None
+
+
+class OutputConfig(Section):
+    """What is written where, and when."""
+
+    output_dir: str = "./model-out"
+    save_strategy: Literal["no", "steps", "epoch", "best"] = "epoch"
+    save_steps: PositiveFloat | None = None
+    saves_per_epoch: PositiveInt | None = None
+    save_total_limit: PositiveInt | None = None
+    save_only_model: bool = False
+    logging_steps: PositiveFloat | None = None
+    resume_from_checkpoint: str | None = None
+    auto_resume: bool = False
+    hub_model_id: str | None = None
+    hub_strategy: str = "every_save"
+    loggers: tuple[str, ...] = ()
+    """transformers' `report_to` names: tensorboard, wandb, mlflow, trackio, …"""
+    run_name: str | None = None
+    logger_environment: dict[str, str] = Field(default_factory=dict)
+    """Environment variables the loggers read (WANDB_PROJECT, MLFLOW_TRACKING_URI, …)."""
+
+
+class RunConfig(Section):
+    """Everything a run needs to know, checked."""
+
+    model: ModelConfig
+    tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
+    adapter: AdapterConfig | None = None
+    reference: ReferenceConfig = Field(default_factory=ReferenceConfig)
+    method: AnyMethod | None = None
+    """None when `rl` is not set: there is nothing to align, and no reference."""
+    data: DataConfig | None = None
+    optimization: OptimizationConfig = Field(default_factory=OptimizationConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    distributed: DistributedConfig = Field(default_factory=DistributedConfig)
+    output: OutputConfig = Field(default_factory=OutputConfig)

@@ -1,0 +1,1 @@
+"""The reference model: the decision, its sources, its records, and its proof."""
