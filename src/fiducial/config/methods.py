@@ -1,7 +1,7 @@
 """What a user may set for each preference method, and what the planner must know of it.
 
 One small class a loss: its hyperparameters with the paper's names and defaults, whether it needs a reference,
-and where it comes from. The formula itself is a function in `fiducial.losses`, which maps these classes to it.
+and where it comes from. The formula itself is a function in `fiducial.losses`, which maps each class to it.
 """
 
 from typing import Annotated, ClassVar, Literal

@@ -33,7 +33,7 @@ class ModelConfig(Section):
     config_overrides: dict[str, Any] = Field(default_factory=dict)
     """Merged into the checkpoint's config.json."""
     dtype: DType = "float32"
-    """How the weights are held. Trained weights are float32 unless `bf16: full`: bfloat16 loses small updates."""
+    """How weights are held. Trained ones are float32 unless `bf16: full`: bfloat16 loses small updates."""
     autocast: DType | None = None
     """Precision of the matrix products; None means the weights' own."""
     tf32: bool = False
@@ -95,7 +95,7 @@ class AdapterConfig(Section):
     use_dora: bool = False
     use_rslora: bool = False
     init_lora_weights: bool | str = True
-    """How the adapter starts, in PEFT's names: True, "gaussian", "pissa", "olora", "eva", "loftq", …, False."""
+    """How the adapter starts, PEFT's names: True, "gaussian", "pissa", "olora", "eva", "loftq", …, False."""
     loftq_bits: PositiveInt | None = None
     trainable_token_indices: tuple[int, ...] | dict[str, tuple[int, ...]] | None = None
     ensure_weight_tying: bool = False

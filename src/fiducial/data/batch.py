@@ -10,7 +10,7 @@ followed by its completions, whose position ids restart at the prompt's length:
 
 `padded`: one row a completion, prompt repeated, right-padded; for models that mix tokens outside attention.
 
-Scored positions are explicit. The last prompt token predicts the first token of *every* completion, so there is
+Scored positions are explicit. The last prompt token predicts the first token of *every* completion: there is
 no shift by one and no label of -100 anywhere.
 """
 
@@ -42,8 +42,8 @@ class Segment:
 class PackedBatch:
     """What one forward pass needs, and which of its positions are scored.
 
-    Legend: `rows` 1 when packed; `length` tokens a row; `scored` scored tokens. Sequences are numbered group by
-    group.
+    Legend: `rows` 1 when packed; `length` tokens a row; `scored` scored tokens. Sequences are numbered group
+    by group.
     """
 
     input_ids: Int[Tensor, "rows length"]
