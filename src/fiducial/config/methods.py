@@ -4,18 +4,20 @@ One small class a loss: its hyperparameters with the paper's names and defaults,
 and where it comes from. The formula itself is a function in `fiducial.losses`, which maps each class to it.
 """
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat
+from pydantic import Field, NonNegativeFloat, PositiveFloat
+
+from fiducial.config.section import Section
 
 
-class MethodConfig(BaseModel):
+class MethodConfig(Section):
     """Hyperparameters of one preference loss."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     needs_reference: ClassVar[bool]
     """Whether the loss reads the reference's log-probs."""
+    trainable: ClassVar[bool] = True
+    """False while a run with it can be planned but `fiducial.losses` has no function for it."""
     paired: ClassVar[bool] = True
     """Whether it compares completions of one prompt (chosen, rejected) or takes labelled single ones."""
     paper: ClassVar[str]
@@ -31,8 +33,11 @@ class DPOConfig(MethodConfig):
     summary = "Raise the chosen completion's log-ratio to the reference above the rejected one's."
 
     name: Literal["dpo"] = "dpo"
-    beta: PositiveFloat = 0.1
-    """Scale of the log-ratios: the larger, the closer the policy stays to the reference."""
+    beta: NonNegativeFloat = 0.1
+    """Scale of the log-ratios: the larger, the closer the policy stays to the reference.
+
+    At 0 the loss is the constant log 2: such a run can be planned (no reference is loaded) and not trained.
+    """
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Probability that a preference label is wrong."""
 
@@ -53,12 +58,14 @@ class KTOConfig(MethodConfig):
     """Kahneman-Tversky optimisation, Ethayarajh et al. 2024, from single labelled completions."""
 
     needs_reference = True
+    trainable = False
     paired = False
     paper = "https://arxiv.org/abs/2402.01306"
     summary = "Raise desirable completions above the reference point and push undesirable ones below it."
 
     name: Literal["kto"] = "kto"
-    beta: PositiveFloat = 0.1
+    beta: NonNegativeFloat = 0.1
+    """Scale of the log-ratios; at 0 the loss is constant and no reference is loaded."""
     desirable_weight: NonNegativeFloat = 1.0
     undesirable_weight: NonNegativeFloat = 1.0
 
@@ -108,3 +115,6 @@ AnyMethod = Annotated[
     DPOConfig | IPOConfig | KTOConfig | ORPOConfig | SimPOConfig | CPOConfig,
     Field(discriminator="name"),
 ]
+
+METHODS: tuple[type[MethodConfig], ...] = get_args(get_args(AnyMethod)[0])
+"""Every method, in the order of the union above."""

@@ -6,25 +6,22 @@ decision (and not a neutral value) says why beside it.
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from fiducial.config.methods import AnyMethod
+from fiducial.config.section import Section
 
 DType = Literal["float32", "bfloat16", "float16"]
+AutoDType = DType | Literal["auto"]
+"""`auto` is decided by the loader, which knows the hardware; the config imports no torch."""
 SourceChoice = Literal["auto", "none", "adapter_off", "frozen_adapter", "separate_model", "initial_policy"]
 ScheduleChoice = Literal["auto", "live", "precomputed"]
-
-
-class Section(BaseModel):
-    """One part of a run's configuration: frozen, with no unknown fields."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class ModelConfig(Section):
     """The checkpoint the policy starts from, and how it is held."""
 
-    base_model: str
+    base_model: str = Field(min_length=1)
     """A local folder or a hub name."""
     revision: str | None = None
     trust_remote_code: bool = False
@@ -32,10 +29,19 @@ class ModelConfig(Section):
     """Open `.bin` weights, which can run code, where a checkpoint has no safetensors."""
     config_overrides: dict[str, Any] = Field(default_factory=dict)
     """Merged into the checkpoint's config.json."""
-    dtype: DType = "float32"
-    """How weights are held. Trained ones are float32 unless `bf16: full`: bfloat16 loses small updates."""
-    autocast: DType | None = None
-    """Precision of the matrix products; None means the weights' own."""
+    dtype: AutoDType = "float32"
+    """How the model's own weights are held.
+
+    `auto` is bfloat16 on a GPU that computes in it and float32 anywhere else. Full fine-tuning holds its
+    weights in float32 unless `bf16: full`, because bfloat16 loses small updates; the frozen base under an
+    adapter loses nothing, so its default is `auto`. An adapter's own weights are float32 whatever this says,
+    except under `bf16: full` (`bfloat16` here and `autocast` None).
+    """
+    autocast: AutoDType | None = "auto"
+    """Precision of the matrix products; None means the weights' own.
+
+    `auto`, the default, is bfloat16 on a GPU that computes in it and None anywhere else.
+    """
     tf32: bool = False
     attn_implementation: str | None = None
     """Stock attention where rows are padded; packed rows use Fiducial's own."""
@@ -155,7 +161,6 @@ class DataConfig(Section):
     prepared_path: str | None = None
     num_proc: PositiveInt | None = None
     dataloader_num_workers: int = Field(default=0, ge=0)
-    dataloader_pin_memory: bool = True
 
 
 class OptimizationConfig(Section):
@@ -230,6 +235,8 @@ class OutputConfig(Section):
     loggers: tuple[str, ...] = ()
     """transformers' `report_to` names: tensorboard, wandb, mlflow, trackio, …"""
     run_name: str | None = None
+    project: str | None = None
+    """The loggers' project, transformers' `project` argument (trackio)."""
     logger_environment: dict[str, str] = Field(default_factory=dict)
     """Environment variables the loggers read (WANDB_PROJECT, MLFLOW_TRACKING_URI, …)."""
 

@@ -1,0 +1,187 @@
+"""Rules that tie keys together: what contradicts, what needs what, what has no effect.
+
+Each check reads the settings in the user's words and yields errors and notes. Types are the schema's
+business: a check says nothing about a value it cannot compare.
+"""
+
+from typing import Any
+
+from fiducial.config.conversions import METHODS
+from fiducial.config.outcomes import Key, Note, Outcomes, Refuse, Settings
+from fiducial.config.schedule_keys import held_out
+
+QUANTISED = ("load_in_8bit", "load_in_4bit")
+
+ADAPTER_OPTIONS = ("lora_", "peft_")
+"""How keys begin that only an adapter reads; `peft` itself is one too."""
+
+EXCLUSIVE = (
+    ("warmup_steps", "warmup_ratio"),
+    ("val_set_size", "test_datasets"),
+    ("load_in_8bit", "load_in_4bit"),
+    ("fsdp_version", "deepspeed"),
+    ("fsdp_config", "deepspeed"),
+)
+
+NEEDS = (
+    ("peft_layers_pattern", "peft_layers_to_transform", "the pattern says where those layers are"),
+    ("bnb_config_kwargs", "load_in_4bit", "bitsandbytes is used for 4-bit weights only"),
+    ("greater_is_better", "metric_for_best_model", "it says which way that metric counts"),
+    ("streaming", "max_steps", "a stream has no length to count epochs by"),
+)
+"""A key, the key it needs, and why."""
+
+
+def check(settings: Settings) -> Outcomes:
+    """Everything wrong between the keys of `settings`."""
+    for rule in (
+        _pairs,
+        _adapter,
+        _quantisation,
+        _reference,
+        _data,
+        _evaluation,
+        _distributed,
+        _templates,
+        _leftovers,
+    ):
+        yield from rule(settings)
+
+
+def _pairs(settings: Settings) -> Outcomes:
+    for first, second in EXCLUSIVE:
+        if settings.get(first) and settings.get(second):
+            yield Refuse(second, f"contradicts {first}; keep one of them")
+    for key, needed, why in NEEDS:
+        if settings.get(key) and not settings.get(needed):
+            yield Refuse(key, f"needs {needed}: {why}")
+
+
+def _adapter(settings: Settings) -> Outcomes:
+    if settings.get("adapter") is not None:
+        if settings.get("lora_target_parameters") and settings.get("lora_dropout"):
+            yield Refuse(
+                "lora_dropout", "must be 0 with lora_target_parameters, which PEFT adapts without dropout"
+            )
+        return
+    for key, value in settings.items():
+        if key.startswith(ADAPTER_OPTIONS) or key == "peft":
+            if value:
+                yield Refuse(key, "has no effect without adapter; write adapter: lora, or remove it")
+            else:
+                yield Note(key, "there is no adapter")
+
+
+def _quantisation(settings: Settings) -> Outcomes:
+    adapter = settings.get("adapter")
+    if adapter == "qlora" and not settings.get("load_in_4bit"):
+        yield Refuse("adapter", "qlora needs load_in_4bit: true; write it, or adapter: lora")
+    for key in QUANTISED:
+        if not settings.get(key):
+            continue
+        if adapter is None:
+            yield Refuse(
+                key, "quantised weights cannot be trained; write adapter: qlora or lora, or remove it"
+            )
+        if settings.get("fsdp_version") or settings.get("fsdp_config"):
+            yield Refuse(key, "quantised weights cannot be sharded by FSDP 2; remove it or fsdp_version")
+
+
+def _reference(settings: Settings) -> Outcomes:
+    block = settings.get("reference")
+    block = block if isinstance(block, dict) else {}
+    source, schedule = block.get("source", "auto"), block.get("schedule", "auto")
+    asked: list[tuple[Key, Any]] = [(("reference", key), value) for key, value in block.items()]
+    asked += [(key, settings.get(key)) for key in ("rl_adapter_ref_model", "precompute_ref_log_probs")]
+    asked = [(key, value) for key, value in asked if value not in (None, False, "auto", "none")]
+    name = settings.get("rl")
+    if name is None or (isinstance(name, str) and name in METHODS and not METHODS[name].needs_reference):
+        why = f"rl: {name} has no reference" if name else "there is no reference without rl"
+        yield from (Refuse(key, f"has no effect: {why}; remove it") for key, _ in asked)
+        return
+    if source == "none":
+        yield Refuse(
+            ("reference", "source"), f"rl: {name} needs a reference; write auto, or rl: orpo, simpo or cpo"
+        )
+    if source == "initial_policy" and schedule == "live":
+        yield Refuse(
+            ("reference", "schedule"), "the initial policy is gone after step 1; write precomputed or auto"
+        )
+    if source in ("adapter_off", "frozen_adapter", "initial_policy"):
+        for key in ("model", "revision", "dtype", "device"):
+            if key in block:
+                yield Refuse(
+                    ("reference", key), f"has no effect with source: {source}; write source: separate_model"
+                )
+    if source in ("adapter_off", "frozen_adapter") and settings.get("adapter") is None:
+        yield Refuse(("reference", "source"), f"{source} needs an adapter; write auto or separate_model")
+
+
+def _data(settings: Settings) -> Outcomes:
+    share = settings.get("val_set_size")
+    if settings.get("streaming") and isinstance(share, float) and 0 < share < 1:
+        yield Refuse(
+            "val_set_size", "a stream's length is not known; write a number of rows, or test_datasets"
+        )
+    if settings.get("datasets") == []:
+        yield Refuse("datasets", "is empty; name at least one: datasets: [{path: ...}]")
+    if settings.get("datasets") is None:
+        for key in ("test_datasets", "val_set_size", "streaming"):
+            if settings.get(key):
+                yield Refuse(key, "has no effect without datasets; add them, or remove it")
+    elif settings.get("rl") is not None and "learning_rate" not in settings:
+        yield Note(
+            "learning_rate",
+            "not set: 1e-06, which suits full fine-tuning; adapters usually want 10 times more",
+        )
+
+
+def _evaluation(settings: Settings) -> Outcomes:
+    strategy = settings.get("eval_strategy", settings.get("evaluation_strategy"))
+    evaluates = held_out(settings) and strategy not in ("no", False) and settings.get("evals_per_epoch") != 0
+    for key in ("early_stopping_patience", "load_best_model_at_end", "metric_for_best_model"):
+        if settings.get(key) and not evaluates:
+            yield Refuse(key, "needs evaluation; write val_set_size or test_datasets, or remove it")
+    if settings.get("load_best_model_at_end") and settings.get("save_strategy") in ("no", False):
+        yield Refuse("load_best_model_at_end", "needs checkpoints; remove save_strategy: no")
+    elif (
+        settings.get("load_best_model_at_end")
+        and evaluates
+        and _rhythm(settings, "eval") != _rhythm(settings, "save")
+    ):
+        yield Refuse(
+            "load_best_model_at_end", "needs a checkpoint at every evaluation; save as often as you evaluate"
+        )
+
+
+def _rhythm(settings: Settings, what: str) -> tuple[Any, ...]:
+    """How often something happens, comparable between evaluating and saving."""
+    steps, per_epoch = settings.get(f"{what}_steps"), settings.get(f"{what}s_per_epoch")
+    return (steps, per_epoch) if steps or per_epoch else ("epoch",)
+
+
+def _distributed(settings: Settings) -> Outcomes:
+    inside = settings.get("fsdp_config")
+    version = inside.get("fsdp_version") if isinstance(inside, dict) else None
+    outside = settings.get("fsdp_version")
+    if outside is not None and version is not None and outside != version:
+        yield Refuse(
+            ("fsdp_config", "fsdp_version"), f"contradicts fsdp_version: {outside}; keep one of them"
+        )
+    if inside and outside is None and version != 2:
+        yield Refuse("fsdp_config", "needs fsdp_version: 2 beside it; FSDP 1 is not offered")
+
+
+def _templates(settings: Settings) -> Outcomes:
+    name, text = settings.get("chat_template"), settings.get("chat_template_jinja")
+    if name == "jinja" and not text:
+        yield Refuse("chat_template", "jinja needs chat_template_jinja: the template's text, or a file")
+    if text and name not in (None, "jinja"):
+        yield Refuse("chat_template_jinja", f"contradicts chat_template: {name}; write chat_template: jinja")
+
+
+def _leftovers(settings: Settings) -> Outcomes:
+    if "gradient_checkpointing_kwargs" in settings and not settings.get("gradient_checkpointing"):
+        yield Note("gradient_checkpointing_kwargs", "gradient_checkpointing is off")
+    if "hub_strategy" in settings and "hub_model_id" not in settings:
+        yield Note("hub_strategy", "nothing is pushed without hub_model_id")

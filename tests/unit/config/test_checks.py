@@ -1,0 +1,223 @@
+"""Rules between keys: each row is refused with its reason, and its neighbour that is right is accepted."""
+
+from typing import Any
+
+import pytest
+
+from fiducial.config.load import load_run, validate_config
+from fiducial.errors import ConfigError
+
+DATA = {"datasets": [{"path": "a"}]}
+HELD_OUT = DATA | {"val_set_size": 100}
+LORA = {"adapter": "lora"}
+QLORA = {"adapter": "qlora", "load_in_4bit": True}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message", "right"),
+    [
+        (
+            {"warmup_steps": 5, "warmup_ratio": 0.1},
+            "warmup_ratio: 0.1 — contradicts warmup_steps",
+            {"warmup_steps": 5},
+        ),
+        (
+            HELD_OUT | {"test_datasets": [{"path": "b"}]},
+            "contradicts val_set_size",
+            DATA | {"test_datasets": [{"path": "b"}]},
+        ),
+        (
+            QLORA | {"load_in_8bit": True},
+            "load_in_4bit: True — contradicts load_in_8bit",
+            QLORA | {"load_in_8bit": False},
+        ),
+        (
+            {"deepspeed": "a.json", "fsdp_version": 2},
+            "deepspeed: a.json — contradicts fsdp_version",
+            {"deepspeed": "a.json"},
+        ),
+        ({"adapter": "qlora"}, "adapter: qlora — qlora needs load_in_4bit: true", QLORA),
+        (
+            {"load_in_8bit": True},
+            "quantised weights cannot be trained; write adapter",
+            LORA | {"load_in_8bit": True},
+        ),
+        (QLORA | {"fsdp_version": 2}, "cannot be sharded by FSDP 2", LORA | {"fsdp_version": 2}),
+        (
+            LORA | {"bnb_config_kwargs": {"a": 1}},
+            "needs load_in_4bit",
+            QLORA | {"bnb_config_kwargs": {"a": 1}},
+        ),
+        (
+            {"lora_r": 8},
+            "lora_r: 8 — has no effect without adapter; write adapter: lora",
+            LORA | {"lora_r": 8},
+        ),
+        ({"peft_use_dora": True}, "has no effect without adapter", {"peft_use_dora": False}),
+        (
+            {"lora_model_dir": "a"},
+            "lora_model_dir: a — has no effect without adapter",
+            LORA | {"lora_model_dir": "a"},
+        ),
+        (
+            LORA | {"peft_layers_pattern": ["layers"]},
+            "peft_layers_pattern: ['layers'] — needs peft_layers_to_transform",
+            LORA | {"peft_layers_pattern": ["layers"], "peft_layers_to_transform": [0]},
+        ),
+        (
+            LORA | {"lora_target_parameters": ["a"], "lora_dropout": 0.1},
+            "lora_dropout: 0.1 — must be 0 with lora_target_parameters",
+            LORA | {"lora_target_parameters": ["a"], "lora_dropout": 0},
+        ),
+        (
+            DATA | {"streaming": True},
+            "streaming: True — needs max_steps",
+            DATA | {"streaming": True, "max_steps": 5},
+        ),
+        (
+            DATA | {"streaming": True, "max_steps": 5, "val_set_size": 0.1},
+            "a stream's length is not known; write a number of rows",
+            DATA | {"streaming": True, "max_steps": 5, "val_set_size": 10},
+        ),
+        ({"datasets": []}, "is empty; name at least one", DATA),
+        ({"val_set_size": 5}, "has no effect without datasets", {"val_set_size": 0}),
+        (
+            DATA | {"early_stopping_patience": 3},
+            "needs evaluation",
+            HELD_OUT | {"early_stopping_patience": 3},
+        ),
+        (
+            DATA | {"load_best_model_at_end": True},
+            "needs evaluation",
+            HELD_OUT | {"load_best_model_at_end": True},
+        ),
+        (
+            HELD_OUT | {"eval_strategy": False, "early_stopping_patience": 3},
+            "early_stopping_patience: 3 — needs evaluation",
+            HELD_OUT | {"eval_strategy": "epoch", "early_stopping_patience": 3},
+        ),
+        (
+            HELD_OUT | {"load_best_model_at_end": True, "save_strategy": False},
+            "needs checkpoints; remove save_strategy: no",
+            HELD_OUT | {"load_best_model_at_end": True},
+        ),
+        (
+            HELD_OUT | {"load_best_model_at_end": True, "eval_steps": 5},
+            "needs a checkpoint at every evaluation; save as often as you evaluate",
+            HELD_OUT | {"load_best_model_at_end": True, "eval_steps": 5, "save_steps": 5},
+        ),
+        (
+            HELD_OUT | {"greater_is_better": True},
+            "needs metric_for_best_model",
+            HELD_OUT | {"greater_is_better": True, "metric_for_best_model": "eval_rewards/margins"},
+        ),
+        (
+            {"fsdp_config": {"offload_params": True}},
+            "fsdp_config: {'offload_params': True} — needs fsdp_version: 2",
+            {"fsdp_config": {"offload_params": True, "fsdp_version": 2}},
+        ),
+        (
+            {"fsdp_version": 2, "fsdp_config": {"fsdp_version": 1}},
+            "fsdp_config.fsdp_version: 1 — contradicts fsdp_version: 2",
+            {"fsdp_version": 2, "fsdp_config": {"fsdp_version": 2}},
+        ),
+        ({"chat_template": "jinja"}, "jinja needs chat_template_jinja", {"chat_template_jinja": "{{ x }}"}),
+        (
+            {"chat_template": "chatml", "chat_template_jinja": "{{ x }}"},
+            "contradicts chat_template: chatml; write chat_template: jinja",
+            {"chat_template": "jinja", "chat_template_jinja": "{{ x }}"},
+        ),
+        (
+            {"overrides_of_model_config": {}, "model_config": {}},
+            "overrides_of_model_config: {} — means the same",
+            {},
+        ),
+    ],
+)
+def test_keys_that_do_not_go_together(wrong: dict[str, Any], message: str, right: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError) as error:
+        validate_config({"base_model": "m", "rl": "dpo", **wrong})
+    assert message in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+    validate_config({"base_model": "m", "rl": "dpo", **right})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rl": "dpo", "reference": {"source": "none"}}, "rl: dpo needs a reference; write auto"),
+        (
+            {"rl": "orpo", "reference": {"source": "separate_model"}},
+            "has no effect: rl: orpo has no reference",
+        ),
+        ({"rl": "simpo", "reference": {"model": "x"}}, "has no effect: rl: simpo has no reference"),
+        ({"rl": "cpo", "precompute_ref_log_probs": True}, "has no effect: rl: cpo has no reference"),
+        (LORA | {"rl": "orpo", "rl_adapter_ref_model": True}, "has no effect: rl: orpo has no reference"),
+        ({"rl": None, "reference": {"model": "x"}}, "there is no reference without rl"),
+        (
+            {"reference": {"source": "initial_policy", "schedule": "live"}},
+            "the initial policy is gone after step 1",
+        ),
+        (
+            {"reference": {"source": "adapter_off"}},
+            "adapter_off needs an adapter; write auto or separate_model",
+        ),
+        (
+            {"reference": {"source": "initial_policy", "model": "x"}},
+            "reference.model: x — has no effect with source",
+        ),
+        (
+            {"reference": {"source": "initial_policy", "device": "cpu"}},
+            "reference.device: cpu — has no effect",
+        ),
+        (
+            {"rl_adapter_ref_model": True},
+            "has no effect without adapter; write reference: {source: separate_model}",
+        ),
+        (
+            LORA | {"rl_adapter_ref_model": True, "reference": {"source": "adapter_off"}},
+            "rl_adapter_ref_model: True — contradicts reference.source: adapter_off",
+        ),
+        (
+            {"precompute_ref_log_probs": True, "reference": {"schedule": "live"}},
+            "precompute_ref_log_probs: True — contradicts reference.schedule: live",
+        ),
+        ({"reference": "separate_model"}, "reference: separate_model — must be a mapping"),
+        ({"rl_adapter_ref_model": "yes!"}, "must be true or false"),
+        ({"precompute_ref_log_probs": "once"}, "must be true or false"),
+        ({"reference": {"device": "cuda"}}, "reference.device: cuda — must be cpu"),
+    ],
+)
+def test_a_reference_that_contradicts_itself(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        validate_config({"base_model": "m", "rl": "dpo", **settings})
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rl": "orpo", "reference": {"source": "none"}},
+        {"rl": "orpo", "precompute_ref_log_probs": False, "rl_adapter_ref_model": False},
+        {"rl": "dpo", "rl_beta": 0},
+        {"rl": "dpo"} | LORA | {"reference": {"source": "frozen_adapter", "schedule": "live"}},
+    ],
+)
+def test_references_that_are_fine(settings: dict[str, Any]) -> None:
+    validate_config({"base_model": "m", **settings})
+
+
+def test_harmless_leftovers_are_noted(tmp_path: Any) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "base_model: m\n"
+        "gradient_checkpointing_kwargs: {use_reentrant: false}\n"
+        "hub_strategy: end\n"
+        "lora_fan_in_fan_out: false\n"
+    )
+    notes = load_run(path).notes
+    assert [note.split(":")[1].split("  ")[1] for note in notes] == [
+        "lora_fan_in_fan_out",
+        "gradient_checkpointing_kwargs",
+        "hub_strategy",
+    ]
