@@ -22,3 +22,51 @@ def naive_token_logps(model: PreTrainedModel, groups: list[TokenizedGroup]) -> T
 def dpo(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
     """-log σ(β·(chosen - rejected)) from log-ratios, the textbook way."""
     return -torch.log(1 / (1 + torch.exp(-beta * (chosen - rejected))))
+
+
+def ipo(chosen_mean: Tensor, rejected_mean: Tensor, *, beta: float) -> Tensor:
+    """(margin of mean log-ratios - 1/(2β))², the textbook way."""
+    return (chosen_mean - rejected_mean - 0.5 / beta) ** 2
+
+
+def orpo(chosen_mean: Tensor, rejected_mean: Tensor, *, beta: float) -> Tensor:
+    """NLL minus β log σ of the log odds ratio, with the odds written out."""
+    odds = [torch.exp(logp) / (1 - torch.exp(logp)) for logp in (chosen_mean, rejected_mean)]
+    return -chosen_mean - beta * torch.log(torch.sigmoid(torch.log(odds[0] / odds[1])))
+
+
+def simpo(
+    chosen_mean: Tensor, rejected_mean: Tensor, *, beta: float, gamma: float, cpo_alpha: float
+) -> Tensor:
+    """-log σ(β·margin - γ) + cpo_alpha · NLL."""
+    reward = torch.sigmoid(beta * chosen_mean - beta * rejected_mean - gamma)
+    return -torch.log(reward) + cpo_alpha * -chosen_mean
+
+
+def smoothed(margin: Tensor, *, label_smoothing: float) -> Tensor:
+    """Cross-entropy of σ(margin) against a label that is wrong with probability `label_smoothing`."""
+    right = 1 / (1 + torch.exp(-margin))
+    return -(1 - label_smoothing) * torch.log(right) - label_smoothing * torch.log(1 - right)
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, seen: Tensor, *, scaling: float, softcap: float | None = None
+) -> Tensor:
+    """Softmax(query · key) · value over the keys that `seen` [queries, keys] allows; heads come first."""
+    shared = len(query) // len(key)
+    key, value = key.repeat_interleave(shared, 0), value.repeat_interleave(shared, 0)
+    scores = query @ key.transpose(1, 2) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ value
+
+
+def head_logps(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, softcap: float | None, scale: float
+) -> Tensor:
+    """All logits at once, then log-softmax, then the targets."""
+    logits = hidden @ weight.T if bias is None else hidden @ weight.T + bias
+    logits = logits * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]

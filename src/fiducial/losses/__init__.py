@@ -22,18 +22,25 @@ LOSSES: dict[type[MethodConfig], Callable[..., LossOutput]] = {
 
 
 def build_loss(method: MethodConfig) -> Loss:
-    """The loss of `method` with its hyperparameters set, as (policy, reference) to one value per pair."""
+    """The loss of `method` with its hyperparameters set, as (policy, reference) to one value per pair.
+
+    Raises:
+        ConfigError: the method cannot be trained, or its beta of 0 leaves nothing to learn.
+    """
     function = LOSSES.get(type(method))
     if function is None:
         raise ConfigError(
             f"rl: {method.model_dump()['name']} can be planned but not trained by this version; "
             f"trainable: {', '.join(sorted(config.model_fields['name'].default for config in LOSSES))}."
         )
-    loss = partial(function, **method.model_dump(exclude={"name"}))
+    settings = method.model_dump(exclude={"name"})
+    if method.needs_reference and settings["beta"] == 0:
+        raise ConfigError("rl_beta: 0 makes the loss a constant, from which nothing is learned; write 0.1, say.")
+    loss = partial(function, **settings)
 
     def paired(policy: SequenceLogps, reference: SequenceLogps | None) -> LossOutput:
         if method.needs_reference:
-            assert reference is not None, f"{method.name} needs reference log-probs"  # type: ignore[attr-defined]
+            assert reference is not None, f"{type(method).__name__} needs reference log-probs"
             return loss(policy.pairs(), reference.pairs())
         return loss(policy.pairs())
 
