@@ -35,7 +35,7 @@ def build_loss(method: MethodConfig) -> Loss:
         )
     settings = method.model_dump(exclude={"name"})
     if method.needs_reference and settings["beta"] == 0:
-        raise ConfigError("rl_beta: 0 makes the loss a constant, from which nothing is learned; write 0.1, say.")
+        raise ConfigError("rl_beta: 0 makes the loss constant: nothing is learned. Write 0.1, say.")
     loss = partial(function, **settings)
 
     def paired(policy: SequenceLogps, reference: SequenceLogps | None) -> LossOutput:

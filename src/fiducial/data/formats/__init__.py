@@ -1,1 +1,137 @@
-"""Rows of many shapes to `PreferenceExample`."""
+"""Every way rows may hold preferences, in one table.
+
+Adding a format: write a reader `(row, fields) -> (prompt, completions)`, add its line here, its example to
+`tests/unit/data/test_formats.py`, and its line to `docs/data.md`.
+"""
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+
+from fiducial.config.schema import DatasetConfig
+from fiducial.data.formats import chat, hh, named_template, trl, user_defined
+from fiducial.data.formats.fields import Fields, Format, resolve_fields
+from fiducial.data.formats.named_template import CHATML, LLAMA3, Chats, Question, TurnMarks
+from fiducial.data.formats.shape import Shape
+from fiducial.errors import ConfigError, DataError
+
+__all__ = ["FORMATS", "Fields", "Format", "choose_format"]
+
+Columns = Mapping[str, tuple[str, ...]]
+PAIR: Columns = {"chosen": ("chosen",), "rejected": ("rejected",)}
+EXPLICIT: Columns = {"prompt": ("prompt",), **PAIR}
+SYSTEM: Columns = {"system": ("system",)}
+SYSTEM_BY_NAME: Columns = {"system": ()}
+"""A system column is read only where field_system names it."""
+
+
+def _named(prefix: str, marks: TurnMarks) -> dict[str, Format]:
+    def question(*prompt: str, **answers: tuple[str, ...]) -> Format:
+        return Format(
+            Question(marks), {"prompt": prompt, **PAIR, **answers}, optional=SYSTEM, reads_messages=True
+        )
+
+    return {
+        f"{prefix}.default": question(
+            "prompt",
+            "input",
+            "question",
+            "instruction",
+            chosen=("chosen", "chosen_response"),
+            rejected=("rejected", "rejected_response"),
+        ),
+        f"{prefix}.argilla_chat": Format(Chats(marks), PAIR, reads_messages=True),
+        f"{prefix}.icr": question("input"),
+        f"{prefix}.intel": question("question"),
+        f"{prefix}.prompt_pairs": question("prompt"),
+        f"{prefix}.ultra": question("prompt"),
+    }
+
+
+FORMATS: dict[str, Format] = {
+    "trl.explicit": Format(trl.explicit, EXPLICIT, detect=trl.is_explicit),
+    "trl.explicit_chat": Format(
+        trl.explicit_chat,
+        EXPLICIT,
+        optional=SYSTEM_BY_NAME,
+        detect=trl.is_explicit_chat,
+        reads_messages=True,
+    ),
+    "trl.implicit": Format(
+        trl.implicit, PAIR, detect=lambda shape: trl.is_implicit(shape) and not hh.is_transcript(shape)
+    ),
+    "trl.implicit_chat": Format(
+        trl.implicit_chat, PAIR, optional=SYSTEM_BY_NAME, detect=trl.is_implicit_chat, reads_messages=True
+    ),
+    "sharegpt": Format(
+        chat.answered,
+        {"messages": ("conversations",), **PAIR},
+        optional=SYSTEM,
+        detect=chat.is_sharegpt,
+        reads_messages=True,
+    ),
+    "hh": Format(hh.transcript, PAIR, detect=hh.is_transcript),
+    "hh.chat": Format(hh.chat, PAIR),
+    "chat_template.default": Format(
+        chat.answered,
+        {"messages": ("messages",), **PAIR},
+        optional=SYSTEM_BY_NAME,
+        detect=chat.is_messages,
+        reads_messages=True,
+    ),
+    "chat_template.argilla_chat": Format(
+        trl.implicit_chat, PAIR, optional=SYSTEM_BY_NAME, reads_messages=True
+    ),
+    "chat_template.argilla": Format(trl.implicit_chat, PAIR, optional=SYSTEM, reads_messages=True),
+    **_named("chatml", CHATML),
+    **_named("llama3", LLAMA3),
+    "zephyr.nectar": Format(named_template.nectar, {"prompt": ("prompt",), "messages": ("answers",)}),
+    "passthrough": Format(trl.passthrough, EXPLICIT, reads_messages=True),
+    "user_defined.default": Format(user_defined.formatted, EXPLICIT, optional=SYSTEM),
+}
+
+
+def choose_format(config: DatasetConfig, shape: Shape, *, where: str) -> tuple[str, Format, Fields]:
+    """The format a dataset's rows are read with, by name or by looking, and where its parts are.
+
+    Raises:
+        ConfigError: no format of that name, or an option it does not read.
+        DataError: `auto` finds none or several, or a column is missing.
+    """
+    name = _named_format(config, where) or _detect(config, shape, where)
+    fields = resolve_fields(name, FORMATS[name], config, where=where, columns=tuple(shape.kinds))
+    user_defined.check_templates(fields, where=where)
+    return name, FORMATS[name], fields
+
+
+def _named_format(config: DatasetConfig, where: str) -> str | None:
+    if not isinstance(config.type, str):
+        return "user_defined.default"
+    if config.type == "auto":
+        return None
+    for name in (config.type, f"{config.type}.default"):
+        if name in FORMATS:
+            return name
+    nearest = get_close_matches(config.type, FORMATS, n=1, cutoff=0.4)
+    hint = f" Did you mean '{nearest[0]}'?" if nearest else ""
+    raise ConfigError(
+        f"{where}.type: '{config.type}' is not a type of preference data.{hint} "
+        f"The types are auto, {', '.join(FORMATS)}, or a mapping with prompt_format and its kin."
+    )
+
+
+def _detect(config: DatasetConfig, shape: Shape, where: str) -> str:
+    found = [name for name, format_ in FORMATS.items() if format_.detect and format_.detect(shape)]
+    if len(found) == 1:
+        return found[0]
+    columns = ", ".join(f"{name} ({kind})" for name, kind in shape.kinds.items())
+    known = ", ".join(name for name, format_ in FORMATS.items() if format_.detect)
+    problem = (
+        f"could be any of {', '.join(found)}"
+        if found
+        else f"is none of the formats that are recognised ({known})"
+    )
+    raise DataError(
+        f"{where} ({config.path}): the data {problem}. Its columns are: {columns}. Set `type:` to the "
+        f"format's name, and say where its parts are with field_prompt, field_chosen, field_rejected or "
+        f"field_messages."
+    )

@@ -1,0 +1,151 @@
+"""What became of every row: kept, truncated, or dropped and why, with row numbers to look at."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from fiducial.data.dataset import TokenizedDataset
+from fiducial.data.example import OddRow
+from fiducial.errors import DataError
+
+EXAMPLES = 3
+PIECES = ("prompt", "chosen", "rejected")
+
+
+@dataclass
+class Dropped:
+    """Rows dropped for one reason."""
+
+    count: int = 0
+    rows: list[int] = field(default_factory=list)
+    """Numbers of the first ones."""
+    detail: str = ""
+    """What was found in the first one."""
+
+    def add(self, row: int, detail: str) -> None:
+        """Count one more."""
+        if not self.count:
+            self.detail = detail
+        if len(self.rows) < EXAMPLES:
+            self.rows.append(row)
+        self.count += 1
+
+
+@dataclass
+class DatasetAudit:
+    """The account of one dataset."""
+
+    name: str
+    format: str
+    role: Literal["train", "evaluation"] = "train"
+    rows: int = 0
+    kept: int = 0
+    truncated: int = 0
+    doubled_bos: int = 0
+    """Rows whose rendering began with two BOS; one was removed."""
+    dropped: dict[str, Dropped] = field(default_factory=dict)
+    lengths: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Median and longest prompt, chosen and rejected, in tokens."""
+    unread_columns: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def drop(self, row: int, odd: OddRow) -> None:
+        """Count a row that is no preference."""
+        self.dropped.setdefault(str(odd.reason), Dropped()).add(row, odd.detail)
+
+    def measure(self, dataset: TokenizedDataset) -> None:
+        """Fill in how many rows are kept, and how long they are."""
+        self.kept = len(dataset)
+        self.lengths = {}
+        for piece, name in enumerate(PIECES):
+            lengths = dataset.piece_lengths(piece)
+            if len(lengths):
+                self.lengths[name] = {"median": int(np.median(lengths)), "max": int(lengths.max())}
+
+    def reasons(self) -> list[str]:
+        """One line for each reason rows were dropped."""
+        return [
+            f"{dropped.count} × {reason}{f' ({dropped.detail})' if dropped.detail else ''}: rows "
+            f"{', '.join(map(str, dropped.rows))}{', …' if dropped.count > len(dropped.rows) else ''}"
+            for reason, dropped in self.dropped.items()
+        ]
+
+    def require_rows(self, where: str) -> None:
+        """Raise `DataError` if no row was kept."""
+        if not self.kept:
+            raise DataError(
+                f"{where} ({self.name}): none of its {self.rows} rows is a preference in the format "
+                f"'{self.format}'. " + "; ".join(self.reasons())
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "DatasetAudit":
+        """The inverse of `dataclasses.asdict`."""
+        dropped = {reason: Dropped(**item) for reason, item in values["dropped"].items()}
+        return cls(**{**values, "dropped": dropped})
+
+
+@dataclass
+class Audit:
+    """The account of a run's data."""
+
+    datasets: list[DatasetAudit] = field(default_factory=list)
+    train: int = 0
+    """Groups to train on, after deduplication and holding out."""
+    evaluation: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The whole account as JSON values."""
+        return asdict(self)
+
+    def render(self, console: Console) -> None:
+        """Print the account as a table, and below it each reason with its row numbers."""
+        table = Table(title="data", title_justify="left")
+        table.add_column("dataset", overflow="fold")
+        table.add_column("format")
+        for name in ("rows", "kept", "dropped", "truncated"):
+            table.add_column(name, justify="right")
+        for piece in PIECES:
+            table.add_column(f"{piece}\nmedian/max", justify="right")
+        for each in self.datasets:
+            name = each.name if each.role == "train" else f"{each.name} (evaluation)"
+            counts = (each.rows, each.kept, each.rows - each.kept, each.truncated)
+            table.add_row(name, each.format, *map(str, counts), *_lengths(each))
+        console.print(table)
+        console.print(self.summary(), highlight=False, markup=False)
+        for line in self._remarks():
+            console.print(f"  {line}", highlight=False, markup=False)
+
+    def summary(self) -> str:
+        """One line."""
+        rows = sum(each.rows for each in self.datasets)
+        kept = sum(each.kept for each in self.datasets)
+        truncated = sum(each.truncated for each in self.datasets)
+        line = f"{rows} rows: {self.train} to train on, {self.evaluation} to evaluate, {rows - kept} dropped"
+        return f"{line}, {truncated} truncated" if truncated else line
+
+    def _remarks(self) -> Iterable[str]:
+        for each in self.datasets:
+            yield from _remarks(each)
+        yield from self.notes
+
+
+def _lengths(audit: DatasetAudit) -> Sequence[str]:
+    measured = (audit.lengths.get(piece) for piece in PIECES)
+    return [f"{item['median']}/{item['max']}" if item else "–" for item in measured]
+
+
+def _remarks(audit: DatasetAudit) -> Iterable[str]:
+    for reason in audit.reasons():
+        yield f"{audit.name}: dropped {reason}"
+    if audit.doubled_bos:
+        yield f"{audit.name}: {audit.doubled_bos} rows began with BOS twice; one was removed"
+    if audit.unread_columns:
+        yield f"{audit.name}: columns not read: {', '.join(audit.unread_columns)}"
+    for note in audit.notes:
+        yield f"{audit.name}: {note}"

@@ -1,0 +1,188 @@
+"""Opening datasets: a local file or folder, a URL, or a name on the hub, all through the `datasets` library.
+
+Decisions: a path that exists is local, one with `://` is opened by fsspec, anything else is a hub name,
+except that a missing file is reported as such and never looked up on the hub. Without `split`, a dataset with
+one split is that split and a training dataset with a `train` split is that one; otherwise the split must be
+named, so that a test set is never read from training rows by default.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import Dataset, DatasetDict
+from datasets.exceptions import DatasetsError
+from datasets.utils import logging as datasets_logging
+
+from fiducial.config.schema import DatasetConfig
+from fiducial.errors import ConfigError, DataError
+
+BUILDERS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".ndjson": "json",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+COMPRESSIONS = frozenset({".gz", ".zst", ".bz2", ".xz"})
+
+
+def open_dataset(config: DatasetConfig, *, where: str, num_proc: int | None = None) -> Dataset:
+    """The rows of one dataset, in order.
+
+    Raises:
+        ConfigError: an option that cannot have an effect.
+        DataError: no such file, folder, hub name or split; data that cannot be read; no rows.
+    """
+    if config.trust_remote_code:
+        raise ConfigError(
+            f"{where}.trust_remote_code: datasets no longer runs dataset scripts. Remove it; convert the "
+            f"data to parquet or jsonl if it comes as a script."
+        )
+    place = f"{where}.path: '{config.path}'"
+    with _quiet(), _explained(place):
+        opened = _open(config, where, place, num_proc)
+    rows = _pick_split(opened, config, where, place)
+    if config.shards is not None:
+        if config.shards > max(len(rows), 1):
+            raise DataError(
+                f"{where}.shards: {config.shards} shards of {len(rows)} rows leave the first one empty."
+            )
+        rows = rows.shard(num_shards=config.shards, index=0, contiguous=True)
+    if not len(rows):
+        raise DataError(f"{place} has no rows{f' in split {config.split!r}' if config.split else ''}.")
+    return rows
+
+
+def _open(config: DatasetConfig, where: str, place: str, num_proc: int | None) -> Dataset | DatasetDict:
+    path = Path(config.path).expanduser()
+    if _is_saved(path):
+        _refuse(config, where, ("name", "data_files", "ds_type", "revision"), "a dataset saved to disk")
+        return _slice_saved(datasets.load_from_disk(str(path)), config)
+    target, data_files = _target(config, path, where, place)
+    return datasets.load_dataset(
+        target,
+        name=config.name,
+        data_files=data_files,
+        revision=config.revision,
+        split=config.split,
+        num_proc=num_proc,
+    )
+
+
+def _target(config: DatasetConfig, path: Path, where: str, place: str) -> tuple[str, Any]:
+    """What `load_dataset` is called with: a builder and files, a folder, or a hub name and its files."""
+    files = list(config.data_files) if isinstance(config.data_files, tuple) else config.data_files
+    if path.is_file() or "://" in config.path:
+        _refuse(config, where, ("name", "data_files", "revision"), "a single file")
+        return _builder(config, where), str(path) if path.is_file() else config.path
+    if config.path in BUILDERS.values() and files:
+        _refuse(config, where, ("name", "revision"), "local files")
+        return config.path, files
+    if path.is_dir():
+        _refuse(config, where, ("revision",), "a local folder")
+        if not any(path.iterdir()):
+            raise DataError(f"{place} is an empty folder.")
+        if config.ds_type is None:
+            return str(path), files
+        names = [files] if isinstance(files, str) else files or sorted(p.name for p in path.iterdir())
+        return config.ds_type, [str(path / name) for name in names]
+    if _looks_like_a_file(config.path):
+        raise DataError(f"{place} does not exist (looked in {path.parent.absolute()}).")
+    _refuse(config, where, ("ds_type",), "a dataset on the hub")
+    return config.path, files
+
+
+def _builder(config: DatasetConfig, where: str) -> str:
+    if config.ds_type is not None:
+        return config.ds_type
+    suffixes = [suffix for suffix in Path(config.path).suffixes if suffix not in COMPRESSIONS]
+    if suffixes and suffixes[-1] in BUILDERS:
+        return BUILDERS[suffixes[-1]]
+    raise DataError(
+        f"{where}.path: '{config.path}' does not say what it holds; known endings are "
+        f"{', '.join(BUILDERS)}, alone or compressed. Set {where}.ds_type to json, csv, parquet or arrow."
+    )
+
+
+def _looks_like_a_file(path: str) -> bool:
+    endings = BUILDERS.keys() | COMPRESSIONS
+    return path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).suffix in endings
+
+
+def _is_saved(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def _slice_saved(saved: Dataset | DatasetDict, config: DatasetConfig) -> Dataset | DatasetDict:
+    """`split` of a saved dataset, slices included, by the library's own grammar."""
+    if config.split is None:
+        return saved
+    splits = saved if isinstance(saved, DatasetDict) else DatasetDict({"train": saved})
+    name, _, span = config.split.partition("[")
+    if name not in splits:
+        raise ValueError(f"Unknown split '{name}'. Should be one of {list(splits)}.")
+    if not span:
+        return splits[name]
+    lengths = {key: len(rows) for key, rows in splits.items()}
+    instructions = datasets.ReadInstruction.from_spec(config.split).to_absolute(lengths)
+    kept = [index for part in instructions for index in range(part.from_ or 0, part.to or 0)]
+    return splits[name].select(kept)
+
+
+def _pick_split(opened: Dataset | DatasetDict, config: DatasetConfig, where: str, place: str) -> Dataset:
+    if not isinstance(opened, DatasetDict):
+        return opened
+    if len(opened) == 1:
+        return next(iter(opened.values()))
+    if "train" in opened and not where.startswith("test_"):
+        return opened["train"]
+    raise DataError(f"{place} has the splits {', '.join(opened)}. Say which one with {where}.split.")
+
+
+def _refuse(config: DatasetConfig, where: str, options: tuple[str, ...], what: str) -> None:
+    for option in options:
+        if getattr(config, option) is not None:
+            raise ConfigError(f"{where}.{option}: has no effect on {what} ('{config.path}'). Remove it.")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and no log lines of `datasets`: the audit says what was read."""
+    bars, level = datasets.are_progress_bars_disabled(), datasets_logging.get_verbosity()
+    datasets.disable_progress_bars()
+    datasets_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        datasets_logging.set_verbosity(level)
+        if not bars:
+            datasets.enable_progress_bars()
+
+
+@contextmanager
+def _explained(place: str) -> Iterator[None]:
+    """Turn what `datasets` raises for a user's mistake into a `DataError` that says where it is."""
+    try:
+        yield
+    except ConnectionError as error:
+        raise DataError(
+            f"{place} is no local file or folder, and the hub cannot be reached to look there ({error}). "
+            f"Check the path, or the network and HF_HUB_OFFLINE."
+        ) from error
+    except FileNotFoundError as error:
+        raise DataError(f"{place} was not found, neither here nor on the hub: {error}") from error
+    except DatasetsError as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise DataError(
+            f"{place} cannot be read: {reason}. A column must hold one type in all rows, and each line of a "
+            f"jsonl file one JSON object."
+        ) from error
+    except StopIteration as error:  # what datasets raises for a file without a byte
+        raise DataError(f"{place} is empty.") from error
+    except ValueError as error:
+        problem = "is empty" if "corresponds to no data" in str(error) else f"cannot be opened: {error}"
+        raise DataError(f"{place} {problem}") from error

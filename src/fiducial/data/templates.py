@@ -1,0 +1,123 @@
+"""Which chat template renders conversations, and rendering with it.
+
+The tokenizer's own, one of ours by name (`chat_templates/*.jinja`), or a Jinja text or file. Our templates
+write what the model families were trained with, in our words; a checkpoint's own template is always the
+better choice.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError, TemplateSyntaxError
+from transformers import PreTrainedTokenizerBase
+
+from fiducial.config.schema import TokenizerConfig
+from fiducial.data.example import Messages, OddRow, Reason
+from fiducial.errors import ConfigError
+
+FOLDER = Path(__file__).parent / "chat_templates"
+ALIASES = {"qwen": "chatml"}
+NAMES = tuple(sorted({path.stem for path in FOLDER.glob("*.jinja")} | ALIASES.keys()))
+FALLBACK = "tokenizer_default_fallback_"
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A Jinja template, the tokenizer whose special tokens it writes, and its own settings."""
+
+    tokenizer: PreTrainedTokenizerBase
+    source: str
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def render(self, messages: Messages, *, add_generation_prompt: bool) -> str:
+        """The conversation as text; raises `OddRow` where the template refuses it."""
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                chat_template=self.source,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                **self.kwargs,
+            )
+        except TemplateSyntaxError as error:
+            raise ConfigError(
+                f"chat_template: line {error.lineno} is not valid Jinja: {error.message}"
+            ) from error
+        except TemplateError as error:
+            raise OddRow(Reason.TEMPLATE, str(error)) from error
+        assert isinstance(rendered, str)
+        return rendered
+
+    @property
+    def opens_the_answer(self) -> bool:
+        """Whether the template writes the assistant's header when asked for a generation prompt."""
+        question: Messages = ({"role": "user", "content": "?"},)
+        try:
+            closed = self.render(question, add_generation_prompt=False)
+            return self.render(question, add_generation_prompt=True) != closed
+        except OddRow:  # a template with demands of its own; rows will tell
+            return True
+
+
+def choose_template(config: TokenizerConfig, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
+    """The template of a run; None where none is asked for and the tokenizer has none.
+
+    Raises:
+        ConfigError: no template of that name, a file that is not there, or two answers to one question.
+    """
+    source = _source(config, tokenizer)
+    return None if source is None else ChatTemplate(tokenizer, source, config.chat_template_kwargs)
+
+
+def _source(config: TokenizerConfig, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    name, jinja = config.chat_template, config.chat_template_jinja
+    if jinja is not None:
+        if name not in (None, "jinja"):
+            raise ConfigError(
+                f"chat_template: '{name}' and chat_template_jinja name two templates. Keep one of them."
+            )
+        return _text_or_file(jinja)
+    if name == "jinja":
+        raise ConfigError("chat_template: 'jinja' needs chat_template_jinja, the template's text or file.")
+    own = _own(tokenizer)
+    if name is None:
+        return own
+    if name == "tokenizer_default":
+        if own is None:
+            raise ConfigError(
+                f"chat_template: the tokenizer has no template of its own. Name one: {', '.join(NAMES)}."
+            )
+        return own
+    if name.startswith(FALLBACK):
+        fallback = _named(name.removeprefix(FALLBACK), name)
+        return own or fallback
+    return _named(name, name)
+
+
+def _own(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    own: str | dict[str, str] | None = tokenizer.chat_template
+    return own.get("default") if isinstance(own, dict) else own
+
+
+def _named(name: str, written: str) -> str:
+    if name not in NAMES:
+        known = (*NAMES, "tokenizer_default", *(FALLBACK + each for each in NAMES), "jinja")
+        nearest = get_close_matches(written, known, n=1)
+        hint = f" Did you mean '{nearest[0]}'?" if nearest else ""
+        raise ConfigError(
+            f"chat_template: '{written}' is no template here.{hint} There are {', '.join(NAMES)}, "
+            f"tokenizer_default, {FALLBACK}<name>, and jinja with chat_template_jinja."
+        )
+    return (FOLDER / f"{ALIASES.get(name, name)}.jinja").read_text(encoding="utf-8")
+
+
+def _text_or_file(jinja: str) -> str:
+    if "{{" in jinja or "{%" in jinja:
+        return jinja
+    path = Path(jinja).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"chat_template_jinja: '{jinja}' is neither a template's text nor a file.")
+    return path.read_text(encoding="utf-8")

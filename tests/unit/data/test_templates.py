@@ -1,0 +1,107 @@
+"""Which template is chosen, and what ours write."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from fiducial.config.schema import TokenizerConfig
+from fiducial.data.example import OddRow, Reason
+from fiducial.data.templates import NAMES, choose_template
+from fiducial.errors import ConfigError
+from tiny import CHATML
+
+CHAT = (
+    {"role": "system", "content": "S"},
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "b"},
+    {"role": "user", "content": "c"},
+)
+RENDERED = {
+    "chatml": "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\na<|im_end|>\n"
+    "<|im_start|>assistant\nb<|im_end|>\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n",
+    "llama3": "<s><|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\na<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\nb<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\nc<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+    "gemma": "<s><start_of_turn>user\nS\n\na<end_of_turn>\n<start_of_turn>model\nb<end_of_turn>\n"
+    "<start_of_turn>user\nc<end_of_turn>\n<start_of_turn>model\n",
+    "mistral": "<s>[INST] S\n\na [/INST] b</s>[INST] c [/INST]",
+    "phi_3": "<|system|>\nS<|end|>\n<|user|>\na<|end|>\n<|assistant|>\nb<|end|>\n"
+    "<|user|>\nc<|end|>\n<|assistant|>\n",
+    "zephyr": "<|system|>\nS</s>\n<|user|>\na</s>\n<|assistant|>\nb</s>\n<|user|>\nc</s>\n<|assistant|>\n",
+}
+RENDERED["qwen"] = RENDERED["chatml"]
+
+
+def test_every_name_is_tested() -> None:
+    assert set(NAMES) == set(RENDERED)
+
+
+@pytest.mark.parametrize("name", RENDERED)
+def test_named_templates(name: str, byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    byte_tokenizer.chat_template = None
+    for written in (name, f"tokenizer_default_fallback_{name}"):
+        template = choose_template(TokenizerConfig(chat_template=written), byte_tokenizer)
+        assert template is not None
+        assert template.render(CHAT, add_generation_prompt=True) == RENDERED[name]
+        assert template.opens_the_answer is (name != "mistral")
+
+
+def source(config: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> str | None:
+    template = choose_template(TokenizerConfig(**config), tokenizer)
+    return None if template is None else template.source
+
+
+def test_choice(byte_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    file = tmp_path / "mine.jinja"
+    file.write_text("{{ messages }}", encoding="utf-8")
+    assert source({}, byte_tokenizer) == CHATML
+    assert source({"chat_template": "tokenizer_default"}, byte_tokenizer) == CHATML
+    assert source({"chat_template": "tokenizer_default_fallback_gemma"}, byte_tokenizer) == CHATML
+    assert source({"chat_template_jinja": "{{ 1 }}"}, byte_tokenizer) == "{{ 1 }}"
+    assert (
+        source({"chat_template": "jinja", "chat_template_jinja": str(file)}, byte_tokenizer)
+        == "{{ messages }}"
+    )
+    byte_tokenizer.chat_template = None
+    assert source({}, byte_tokenizer) is None
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"chat_template": "chatlm"}, "Did you mean 'chatml'"),
+        ({"chat_template": "tokenizer_default_fallback_x"}, "is no template here"),
+        ({"chat_template": "jinja"}, "needs chat_template_jinja"),
+        ({"chat_template": "gemma", "chat_template_jinja": "{{ 1 }}"}, "two templates"),
+        ({"chat_template_jinja": "no/such/file.jinja"}, "neither a template's text nor a file"),
+        ({"chat_template": "tokenizer_default"}, "no template of its own"),
+    ],
+)
+def test_mistakes(config: dict[str, Any], says: str, byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    byte_tokenizer.chat_template = None
+    with pytest.raises(ConfigError, match=says):
+        choose_template(TokenizerConfig(**config), byte_tokenizer)
+
+
+def test_refusals_and_bad_jinja(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    strict = choose_template(TokenizerConfig(chat_template="mistral"), byte_tokenizer)
+    assert strict is not None
+    with pytest.raises(OddRow) as odd:
+        strict.render(({"role": "tool", "content": "x"},), add_generation_prompt=False)
+    assert odd.value.reason is Reason.TEMPLATE
+    broken = choose_template(TokenizerConfig(chat_template_jinja="{% if %}"), byte_tokenizer)
+    assert broken is not None
+    with pytest.raises(ConfigError, match="line 1 is not valid Jinja"):
+        broken.render(CHAT, add_generation_prompt=False)
+
+
+def test_template_settings_reach_the_template(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    config = TokenizerConfig(
+        chat_template_jinja="{{ 'on' if thinking else 'off' }}", chat_template_kwargs={"thinking": True}
+    )
+    template = choose_template(config, byte_tokenizer)
+    assert template is not None
+    assert template.render(CHAT, add_generation_prompt=True) == "on"
