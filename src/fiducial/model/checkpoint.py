@@ -1,0 +1,145 @@
+"""A checkpoint's config and weights, or a message that says what is wrong with it.
+
+transformers starts a model whose checkpoint lacks weights with random ones and a warning; here that is an
+error. Weights are read from safetensors alone, and remote code stays off, unless the run asks otherwise.
+Dropout is switched off in the config, before the modules that read it are built.
+"""
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from fiducial.config.schema import ModelConfig
+from fiducial.errors import ModelError
+from fiducial.reference.plan import Checkpoint
+
+logger = logging.getLogger("fiducial")
+
+_DROPOUT = re.compile(r"(dropout|drop|dropout_prob|dropout_rate)$")
+
+
+def read_config(checkpoint: Checkpoint, cfg: ModelConfig, overrides: dict[str, Any]) -> PreTrainedConfig:
+    """The checkpoint's config with `overrides` merged in and every dropout at 0.
+
+    Raises:
+        ModelError: It cannot be read, or an override names a field it does not have.
+    """
+    try:
+        config, unknown = AutoConfig.from_pretrained(
+            checkpoint.path,
+            revision=checkpoint.revision,
+            trust_remote_code=cfg.trust_remote_code,
+            return_unused_kwargs=True,
+            **overrides,
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(_cannot_open(checkpoint, error)) from error
+    unknown.pop("trust_remote_code", None)
+    if unknown:
+        known = ", ".join(sorted(key for key in config.to_dict() if not key.startswith("_")))
+        raise ModelError(
+            f"overrides_of_model_config: {', '.join(sorted(unknown))}: the config of {checkpoint.path} "
+            f"has no such field; it has {known}."
+        )
+    assert isinstance(config, PreTrainedConfig)
+    _silence_dropout(config)
+    return config
+
+
+def load_weights(
+    checkpoint: Checkpoint, config: PreTrainedConfig, cfg: ModelConfig, dtype: torch.dtype, **placement: Any
+) -> PreTrainedModel:
+    """The checkpoint as a causal language model, every weight of which was in it.
+
+    Raises:
+        ModelError: It is damaged, incomplete, no causal language model, or only there as pickle.
+    """
+    auto: Any = AutoModelForCausalLM  # typed as if it never returned the loading info
+    try:
+        model, info = auto.from_pretrained(
+            checkpoint.path,
+            revision=checkpoint.revision,
+            config=config,
+            dtype=dtype,
+            trust_remote_code=cfg.trust_remote_code,
+            use_safetensors=None if cfg.allow_pickle_weights else True,
+            attn_implementation=cfg.attn_implementation,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the info, with their shapes, and refused below
+            **placement,
+        )
+    # A damaged safetensors file raises a SafetensorError, a bare Exception; remote code raises what it likes.
+    except Exception as error:
+        raise ModelError(_cannot_open(checkpoint, error)) from error
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ModelError(
+            f"base_model: {checkpoint.path} holds an adapter. Name the model it was trained on as "
+            "`base_model:` and this folder as `lora_model_dir:`."
+        )
+    _require_complete(checkpoint, info)
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def _silence_dropout(config: PreTrainedConfig) -> None:
+    for name, value in vars(config).items():
+        if isinstance(value, float) and value and _DROPOUT.search(name):
+            setattr(config, name, 0.0)
+    text = config.get_text_config()
+    if text is not config:
+        _silence_dropout(text)
+
+
+def _require_complete(checkpoint: Checkpoint, info: dict[str, Any]) -> None:
+    misshapen = sorted(info["mismatched_keys"])
+    if misshapen:
+        name, stored, expected = misshapen[0]
+        raise ModelError(
+            f"{checkpoint.path}: {name} is {tuple(stored)} in the weights and {tuple(expected)} by "
+            "config.json: they do not belong together."
+        )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{checkpoint.path} lacks {len(missing)} weights of its own model class ({_first(missing)}): it "
+            "is incomplete, or was saved without its language-model head. Save it with AutoModelForCausalLM."
+        )
+    unexpected = sorted(info["unexpected_keys"])
+    if unexpected:
+        logger.warning(
+            "%s holds %d weights its model class does not use (%s); they are left out.",
+            checkpoint.path,
+            len(unexpected),
+            _first(unexpected),
+        )
+
+
+def _first(names: list[str], count: int = 4) -> str:
+    return ", ".join(names[:count]) + (", …" if len(names) > count else "")
+
+
+def _cannot_open(checkpoint: Checkpoint, error: Exception) -> str:
+    path, reason = checkpoint.path, str(error).strip()
+    at = path if checkpoint.revision is None else f"{path} (revision {checkpoint.revision})"
+    folder = Path(path)
+    if path.startswith(("/", ".", "~")) and not folder.exists():
+        return f"There is no folder {at}."
+    if "trust_remote_code" in reason:
+        return f"{at} runs code of its own. Read it, then set `trust_remote_code: true`.\n{reason}"
+    if "Unrecognized configuration class" in reason:
+        kind = re.search(r"(\w+)'>", reason)
+        return (
+            f"{at} is no causal language model ({kind[1] if kind else reason}); preference losses need one."
+        )
+    if folder.is_dir() and not any(folder.glob("*.safetensors")) and any(folder.glob("*.bin")):
+        return (
+            f"{at} holds its weights only as pickle (.bin), which can run code. Convert them to safetensors, "
+            "or set `allow_pickle_weights: true` if you trust where they come from."
+        )
+    if type(error).__name__ == "SafetensorError":
+        return f"{at}: a weights file is damaged ({reason}). Download or copy the checkpoint again."
+    return f"{at} cannot be loaded as a causal language model: {reason}"
