@@ -1,14 +1,199 @@
-"""Where reference log-probs come from while training. The trainer knows only `Reference`."""
+"""Where reference log-probs come from while training. The trainer knows only `Reference`.
 
+Every source scores without gradient, in eval mode (a reference has no dropout), and leaves the model as it
+found it: training modes, adapters and `requires_grad` are back before the policy's backward begins.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+import torch
+from peft import PeftModel
+from torch import nn
+
 from fiducial.data.batch import PackedBatch
+from fiducial.data.tokenize import TokenIds
+from fiducial.errors import CacheError
 from fiducial.logps import TokenLogps
+from fiducial.model.adapters import REFERENCE_ADAPTER, active_adapter, adapters_off, freeze_copy
+from fiducial.model.scoring import Scorer
+from fiducial.reference.cache import LogpStore
+from fiducial.reference.plan import ReferencePlan, Schedule, Source
 
 
 class Reference(Protocol):
     """Answers with the reference's log-probs of a batch, or None where there is no reference."""
 
     def token_logps(self, batch: PackedBatch) -> TokenLogps | None:
-        """Log-probs aligned with `batch.target`, without gradient."""
+        """Log-probs aligned with `batch.target` and on its device, without gradient."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class NoReference:
+    """The loss needs none."""
+
+    def token_logps(self, batch: PackedBatch) -> TokenLogps | None:
+        """None."""
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class InitialPolicy:
+    """The policy as it is: the reference only before step 1, to fill a store."""
+
+    scorer: Scorer
+
+    def token_logps(self, batch: PackedBatch) -> TokenLogps:
+        """Log-probs under the policy's weights of this moment."""
+        return _score_frozen(self.scorer, batch)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterOff:
+    """The policy with its adapter switched off."""
+
+    scorer: Scorer
+
+    def token_logps(self, batch: PackedBatch) -> TokenLogps:
+        """Log-probs under the policy's base."""
+        with adapters_off(self.scorer.model):
+            return _score_frozen(self.scorer, batch)
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenAdapter:
+    """The policy's base with the frozen copy of the adapter it started from."""
+
+    scorer: Scorer
+    name: str = REFERENCE_ADAPTER
+
+    def token_logps(self, batch: PackedBatch) -> TokenLogps:
+        """Log-probs under the base and the adapter `name`."""
+        with active_adapter(self.scorer.model, self.name):
+            return _score_frozen(self.scorer, batch)
+
+
+@dataclass(frozen=True, slots=True)
+class SeparateModel:
+    """A second model."""
+
+    scorer: Scorer
+
+    def token_logps(self, batch: PackedBatch) -> TokenLogps:
+        """Log-probs under the second model, laid out the way it can read."""
+        packed = batch.segments is not None
+        if packed != (self.scorer.layout == "packed"):
+            # Both layouts hold the same scored tokens in the same order.
+            return _onto(_score_frozen(self.scorer, self.scorer.pack(batch.groups)), batch)
+        return _score_frozen(self.scorer, batch)
+
+
+@dataclass(frozen=True, slots=True)
+class Precomputed:
+    """Log-probs scored before training."""
+
+    store: LogpStore
+
+    def token_logps(self, batch: PackedBatch) -> TokenLogps:
+        """The stored log-probs of the batch's completions.
+
+        Raises:
+            CacheError: A completion has none. It is never taken as zero.
+        """
+        values = [self._values(key, len(completion)) for key, completion in _completions(batch)]
+        joined = torch.cat(values) if values else torch.zeros(0)
+        return TokenLogps(joined.to(batch.target.device), batch.sequence, batch.num_sequences)
+
+    def _values(self, key: str, num_tokens: int) -> torch.Tensor:
+        values = self.store.get(key)
+        if values is None:
+            raise CacheError(
+                f"completion {key} has no reference log-probs in {self.store.folder}. They are scored before "
+                "training from the weights it starts from; start the run again so that they are."
+            )
+        if len(values) != num_tokens:
+            raise CacheError(
+                f"completion {key} has {num_tokens} tokens, but {len(values)} reference log-probs are "
+                f"stored in {self.store.folder}: the records are damaged. Remove that folder; they are "
+                "scored again."
+            )
+        return torch.from_numpy(values)
+
+
+def _adapter_off(policy: Scorer, second: Scorer | None) -> Reference:
+    return AdapterOff(policy)
+
+
+def _frozen_adapter(policy: Scorer, second: Scorer | None) -> Reference:
+    assert isinstance(policy.model, PeftModel), "only an adapter can be copied"
+    if REFERENCE_ADAPTER not in policy.model.peft_config:
+        freeze_copy(policy.model)
+    return FrozenAdapter(policy)
+
+
+def _separate_model(policy: Scorer, second: Scorer | None) -> Reference:
+    assert second is not None, "the plan keeps a second model, and none was loaded"
+    return SeparateModel(second)
+
+
+SOURCES: dict[Source, Callable[[Scorer, Scorer | None], Reference]] = {
+    Source.NONE: lambda policy, second: NoReference(),
+    Source.ADAPTER_OFF: _adapter_off,
+    Source.FROZEN_ADAPTER: _frozen_adapter,
+    Source.SEPARATE_MODEL: _separate_model,
+    Source.INITIAL_POLICY: lambda policy, second: InitialPolicy(policy),
+}
+"""From the plan's source to what scores it, given the policy's scorer and the second model's, if any."""
+
+
+def build_reference(
+    plan: ReferencePlan,
+    scorer: Scorer,
+    reference_scorer: Scorer | None = None,
+    store: LogpStore | None = None,
+) -> Reference:
+    """What the trainer asks. It may add an adapter: call it before the model is wrapped."""
+    if plan.schedule is Schedule.PRECOMPUTED:
+        assert store is not None, "the plan is precomputed, and there is no store"
+        return Precomputed(store)
+    assert plan.source is not Source.INITIAL_POLICY, "the initial policy cannot be scored beside the policy"
+    return SOURCES[plan.source](scorer, reference_scorer)
+
+
+def build_scoring_reference(
+    plan: ReferencePlan, scorer: Scorer, reference_scorer: Scorer | None = None
+) -> Reference:
+    """What fills the store before step 1, when the policy is what a frozen copy would hold."""
+    assert plan.schedule is Schedule.PRECOMPUTED, "nothing is scored ahead of time"
+    source = Source.INITIAL_POLICY if plan.source is Source.FROZEN_ADAPTER else plan.source
+    return SOURCES[source](scorer, reference_scorer)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, every module is in eval mode; afterwards each is in its own mode again."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _score_frozen(scorer: Scorer, batch: PackedBatch) -> TokenLogps:
+    with torch.no_grad(), evaluating(scorer.model):
+        return _onto(scorer(batch), batch)
+
+
+def _onto(logps: TokenLogps, batch: PackedBatch) -> TokenLogps:
+    return replace(logps, values=logps.values.to(batch.target.device), sequence=batch.sequence)
+
+
+def _completions(batch: PackedBatch) -> Iterator[tuple[str, TokenIds]]:
+    for group in batch.groups:
+        yield from zip(group.keys, group.completions, strict=True)

@@ -1,0 +1,243 @@
+"""Is the reference really the reference? Measured on real groups, before step 1 and after the last one.
+
+What may differ is what the hardware rounds: the noise of scoring the same tokens in another batch shape,
+with a small allowance by dtype for shapes that happen not to round. Anything larger means another reference.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from fiducial.data.batch import PackedBatch
+from fiducial.data.tokenize import TokenizedGroup
+from fiducial.errors import PlanError, TrainingError
+from fiducial.model.adapters import POLICY_ADAPTER, base_name
+from fiducial.model.scoring import Scorer
+from fiducial.reference.sources import AdapterOff, InitialPolicy, Precomputed, Reference, SeparateModel
+
+Groups = Sequence[TokenizedGroup]
+
+NOISE_FACTOR = 4
+"""The largest of a few hundred roundings seen twice rarely differs by more than twice."""
+ALLOWANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2, torch.float64: 1e-9}
+"""Nats a token may differ in each dtype even where no noise was seen."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Proof:
+    """How far policy and reference are apart, in nats a token."""
+
+    max_difference: float
+    mean_difference: float
+    noise_floor: float
+    """Largest change of the policy's own log-probs with the shape of the batch."""
+    tolerance: float
+    num_tokens: int
+    reference_logps: Float[Tensor, " scored"]
+    """What the reference answered, to see at the end whether it has moved."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterProbe:
+    """Whether switching the adapter off gives the starting policy, now and after training."""
+
+    on_off_difference: float
+    """Between the policy with its adapter on and off."""
+    off_movement: float
+    """Of the policy with its adapter off, when every trained parameter is perturbed."""
+    trained_outside: tuple[str, ...]
+    """Trained parameters that stay on when the adapter is off."""
+    tolerance: float
+
+    @property
+    def on_equals_off(self) -> bool:
+        """The adapter starts as the identity."""
+        return self.on_off_difference <= self.tolerance
+
+    @property
+    def off_unmoved(self) -> bool:
+        """Training cannot reach what is left when the adapter is off."""
+        return not self.trained_outside and self.off_movement <= self.tolerance
+
+
+def prove_reference(policy: Scorer, reference: Reference, groups: Groups, *, expected_equal: bool) -> Proof:
+    """Measure the difference between policy and reference on `groups`.
+
+    `expected_equal` where the reference is the starting policy and no step was taken yet.
+
+    Raises:
+        TrainingError: They differ by more than noise though they should be equal, or one is not finite.
+    """
+    batch = policy.pack(groups)
+    policy_logps, noise = _noise(policy, groups, batch)
+    reference_logps = _logps(reference, batch)
+    difference = (policy_logps - reference_logps).abs()
+    for name, logps in {"policy": policy_logps, "reference": reference_logps}.items():
+        if not logps.isfinite().all():
+            raise TrainingError(
+                f"the {name}'s log-probs are not finite before the first step; check its weights."
+            )
+    proof = Proof(
+        max_difference=difference.max().item(),
+        mean_difference=difference.mean().item(),
+        noise_floor=noise,
+        tolerance=_tolerance(policy, noise),
+        num_tokens=len(difference),
+        reference_logps=reference_logps,
+    )
+    if expected_equal and proof.max_difference > proof.tolerance:
+        raise TrainingError(
+            "before the first step the reference is not the starting policy: log-probs differ by up to "
+            f"{proof.max_difference:.3g} nats a token, where {proof.tolerance:.1g} can be rounding. "
+            f"{_likely_reason(policy, reference, batch)}"
+        )
+    return proof
+
+
+def check_unmoved(proof: Proof, policy: Scorer, reference: Reference, groups: Groups) -> float:
+    """How far the reference has moved on the proof's `groups`, in nats a token.
+
+    Raises:
+        TrainingError: It has moved: what was trained was not compared with the starting policy.
+    """
+    moved = (_logps(reference, policy.pack(groups)) - proof.reference_logps).abs().max().item()
+    if not moved <= proof.tolerance:
+        raise TrainingError(
+            f"the reference has moved while training, by up to {moved:.3g} nats a token. Something trained "
+            "its weights; the result was not compared with the starting policy. Use `reference: "
+            "{schedule: precomputed}`."
+        )
+    return moved
+
+
+def probe_adapter(scorer: Scorer, groups: Groups) -> AdapterProbe:
+    """Measure whether the policy with its adapter off is the starting policy and stays it.
+
+    Two parts: on and off agree; and off does not change when every trained parameter does. Afterwards the
+    parameters are what they were, to the bit.
+    """
+    batch = scorer.pack(groups)
+    on, noise = _noise(scorer, groups, batch)
+    off = AdapterOff(scorer)
+    before = _logps(off, batch)
+    trained = [parameter for parameter in scorer.model.parameters() if parameter.requires_grad]
+    originals = [parameter.detach().clone() for parameter in trained]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for parameter in trained:
+            noisy = torch.randn(parameter.shape, generator=generator)
+            parameter.data.add_(noisy.to(parameter.device, parameter.dtype), alpha=0.1)
+        after = _logps(off, batch)
+    finally:
+        for parameter, original in zip(trained, originals, strict=True):
+            parameter.data.copy_(original)
+    return AdapterProbe(
+        on_off_difference=(on - before).abs().max().item(),
+        off_movement=(after - before).abs().max().item(),
+        trained_outside=_trained_outside_adapter(scorer.model),
+        tolerance=_tolerance(scorer, noise),
+    )
+
+
+def require_adapter_off(scorer: Scorer, groups: Groups) -> AdapterProbe:
+    """Probe the adapter of a run whose reference is the policy with its adapter off.
+
+    Raises:
+        PlanError: That is not the starting policy, or will not stay it.
+    """
+    probe = probe_adapter(scorer, groups)
+    remedy = "Use `reference: {source: auto}`, or `{schedule: precomputed, source: initial_policy}`."
+    if not probe.on_equals_off:
+        raise PlanError(
+            "reference.source: adapter_off is not the starting policy: switching the adapter off changes "
+            f"log-probs by up to {probe.on_off_difference:.3g} nats a token. This adapter does not start "
+            f"as the identity (PiSSA, OLoRA, `init_lora_weights: false`, or a resumed one). {remedy}"
+        )
+    if not probe.off_unmoved:
+        outside = probe.trained_outside
+        raise PlanError(
+            "reference.source: adapter_off would move with the policy: "
+            f"{len(outside)} trained parameters stay on when the adapter is off "
+            f"({', '.join(outside[:3])}). {remedy}"
+        )
+    return probe
+
+
+def _noise(scorer: Scorer, groups: Groups, batch: PackedBatch) -> tuple[Float[Tensor, " scored"], float]:
+    """The policy's log-probs of the batch, and how much they change when each group is scored alone."""
+    policy = InitialPolicy(scorer)
+    together = _logps(policy, batch)
+    alone = torch.cat([_logps(policy, scorer.pack([group])) for group in groups])
+    return together, (together - alone).abs().max().item()
+
+
+def _logps(reference: Reference, batch: PackedBatch) -> Float[Tensor, " scored"]:
+    logps = reference.token_logps(batch)
+    assert logps is not None, "there is no reference to verify"
+    return logps.values.detach().float().cpu()
+
+
+def _tolerance(scorer: Scorer, noise: float) -> float:
+    return max(NOISE_FACTOR * noise, ALLOWANCE[scorer.autocast or scorer.model.dtype])
+
+
+def _likely_reason(policy: Scorer, reference: Reference, batch: PackedBatch) -> str:
+    if not torch.equal(_logps(reference, batch), _logps(reference, batch)):
+        return "The reference answers differently each time: dropout is on while it is scored."
+    match reference:
+        case SeparateModel(scorer=second):
+            return _first_differing_weight(policy.model, second.model)
+        case AdapterOff():
+            return (
+                "Switching this adapter off does not give the starting policy (PiSSA, OLoRA, a resumed "
+                "adapter): use `reference: {source: auto}`."
+            )
+        case Precomputed(store=store):
+            return (
+                f"The records in {store.folder} are not of this policy. Remove that folder and start again."
+            )
+    return "The reference's adapter is not the one the policy starts from."
+
+
+def _first_differing_weight(policy: nn.Module, reference: nn.Module) -> str:
+    held = {base_name(name): parameter for name, parameter in policy.named_parameters()}
+    for name, theirs in reference.named_parameters():
+        ours = held.get(name)
+        if ours is None:
+            return f"The reference has {name}, the policy has not: they are different models."
+        if ours.shape != theirs.shape:
+            return f"{name} is {_shape(ours)} in the policy and {_shape(theirs)} in the reference."
+        if ours.dtype != theirs.dtype:
+            return (
+                f"{name} is {ours.dtype} in the policy, {theirs.dtype} in the reference (`reference.dtype`)."
+            )
+        if not torch.equal(ours.detach().cpu(), theirs.detach().cpu()):
+            rows = (
+                (ours.detach().cpu() != theirs.detach().cpu()).reshape(len(ours), -1).any(-1).nonzero()[:, 0]
+            )
+            return (
+                f"{name} differs, in {len(rows)} of {len(ours)} rows from row {rows[0].item()}: new token "
+                "rows or weights were drawn twice, or the policy's were changed after loading."
+            )
+    if _trained_adapters(policy):
+        return "All weights of the base are equal; the policy's adapter makes the difference."
+    return "All weights are equal: an attention implementation, a precision or a config field differs."
+
+
+def _shape(parameter: Tensor) -> str:
+    return " × ".join(map(str, parameter.shape))
+
+
+def _trained_adapters(model: nn.Module) -> list[str]:
+    return [name for name, _ in model.named_parameters() if POLICY_ADAPTER in name.split(".")]
+
+
+def _trained_outside_adapter(model: nn.Module) -> tuple[str, ...]:
+    return tuple(
+        base_name(name)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and POLICY_ADAPTER not in name.split(".")
+    )

@@ -1,0 +1,227 @@
+"""The reference equals a truly separate copy of the starting policy, at step 0 and after three steps.
+
+For every kind of training and both schedules, with the source the plan itself chooses. The copy is made by
+`copy.deepcopy` of the whole policy before anything else is built: what all cheaper sources stand for.
+"""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from fiducial.config.load import validate_config
+from fiducial.config.schema import RunConfig
+from fiducial.model.loader import ModelLoader
+from fiducial.model.scoring import Scorer
+from fiducial.reference.cache import LogpStore, score_reference
+from fiducial.reference.facts import gather_facts
+from fiducial.reference.identity import identify
+from fiducial.reference.plan import ReferencePlan, Schedule, Source, plan_reference
+from fiducial.reference.sources import (
+    SOURCES,
+    AdapterOff,
+    Reference,
+    SeparateModel,
+    build_reference,
+    build_scoring_reference,
+)
+from fiducial.reference.verify import check_unmoved, prove_reference, require_adapter_off
+from tiny import random_groups, save_checkpoint, tiny_tokenizer
+
+GROUPS = random_groups(4)
+LORA: dict[str, Any] = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True}
+
+SAME = 1e-4
+"""Nats a token that the shape of the batch can change; in one shape every source is at 0."""
+MOVED = 0.1
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A way to train, and the source expected live and precomputed."""
+
+    keys: dict[str, Any]
+    live: Source
+    precomputed: Source
+    base: str = "llama"
+
+
+KINDS: dict[str, Kind] = {
+    "full": Kind({}, Source.SEPARATE_MODEL, Source.INITIAL_POLICY),
+    "full, some frozen": Kind(
+        {"unfrozen_parameters": [r"model\.layers\.1\."]}, Source.SEPARATE_MODEL, Source.INITIAL_POLICY
+    ),
+    "lora": Kind(LORA, Source.ADAPTER_OFF, Source.ADAPTER_OFF),
+    "lora, separate copy": Kind(
+        LORA | {"rl_adapter_ref_model": True}, Source.SEPARATE_MODEL, Source.SEPARATE_MODEL
+    ),
+    "lora with dropout": Kind(LORA | {"lora_dropout": 0.3}, Source.ADAPTER_OFF, Source.ADAPTER_OFF),
+    "rslora": Kind(LORA | {"peft_use_rslora": True}, Source.ADAPTER_OFF, Source.ADAPTER_OFF),
+    "dora": Kind(LORA | {"peft_use_dora": True}, Source.ADAPTER_OFF, Source.ADAPTER_OFF),
+    "pissa": Kind(
+        LORA | {"peft_init_lora_weights": "pissa"},
+        Source.FROZEN_ADAPTER,
+        Source.INITIAL_POLICY,
+    ),
+    "olora": Kind(
+        LORA | {"peft_init_lora_weights": "olora"},
+        Source.FROZEN_ADAPTER,
+        Source.INITIAL_POLICY,
+    ),
+    "random start": Kind(
+        LORA | {"peft_init_lora_weights": False}, Source.FROZEN_ADAPTER, Source.INITIAL_POLICY
+    ),
+    "resumed": Kind(LORA | {"lora_model_dir": "adapter"}, Source.FROZEN_ADAPTER, Source.FROZEN_ADAPTER),
+    "bias all": Kind(LORA | {"peft_bias": "all"}, Source.SEPARATE_MODEL, Source.INITIAL_POLICY, base="qwen2"),
+    "trained modules": Kind(
+        LORA | {"lora_modules_to_save": ["embed_tokens", "lm_head"]}, Source.ADAPTER_OFF, Source.ADAPTER_OFF
+    ),
+    "trained token rows": Kind(
+        LORA | {"peft_trainable_token_indices": list(range(0, 256, 3))},
+        Source.ADAPTER_OFF,
+        Source.ADAPTER_OFF,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("contract")
+    save_checkpoint(folder / "llama")
+    save_checkpoint(folder / "qwen2", "qwen2")
+    model = AutoModelForCausalLM.from_pretrained(folder / "llama")
+    adapter = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, value in adapter.named_parameters():
+            if "lora_B" in name:
+                value.normal_(std=0.2)
+    adapter.save_pretrained(folder / "adapter")
+    return folder
+
+
+def configure(folder: Path, kind: Kind, schedule: Schedule) -> RunConfig:
+    keys = {"base_model": str(folder / kind.base), "rl": "dpo", "reference": {"schedule": schedule.value}}
+    keys |= kind.keys
+    if "lora_model_dir" in keys:
+        keys["lora_model_dir"] = str(folder / "adapter")
+    return validate_config(keys)
+
+
+def load_policy(cfg: RunConfig) -> Scorer:
+    model, _ = ModelLoader(cfg, tiny_tokenizer()).load()
+    return Scorer(model.train(), layout="packed")
+
+
+def second_model(cfg: RunConfig, plan: ReferencePlan) -> Scorer | None:
+    if plan.source is not Source.SEPARATE_MODEL:
+        return None
+    model, _ = ModelLoader(cfg, tiny_tokenizer(), reference_model=True).load()
+    return Scorer(model, layout="packed")
+
+
+def reference_by_plan(plan: ReferencePlan, cfg: RunConfig, policy: Scorer, folder: Path) -> Reference:
+    second = second_model(cfg, plan)
+    if plan.schedule is Schedule.LIVE:
+        return build_reference(plan, policy, second)
+    store = LogpStore(folder, identify(plan, second or policy))
+    source = build_scoring_reference(plan, policy, second)
+    score_reference(GROUPS, source, second or policy, store, token_budget=96)
+    return build_reference(plan, policy, store=store)
+
+
+def answers(reference: Reference, policy: Scorer) -> Tensor:
+    logps = reference.token_logps(policy.pack(GROUPS))
+    assert logps is not None
+    return logps.values
+
+
+def train(policy: Scorer, reference: Reference, steps: int = 3) -> None:
+    parameters = [value for value in policy.model.parameters() if value.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+    for _ in range(steps):
+        batch = policy.pack(GROUPS)
+        compared = reference.token_logps(batch)
+        ratios = policy(batch).reduce().sum - compared.reduce().sum
+        margins = ratios[0::2] - ratios[1::2]
+        (-torch.nn.functional.logsigmoid(0.1 * margins).mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def furthest(first: Tensor, second: Tensor) -> float:
+    return (first - second).abs().max().item()
+
+
+@pytest.mark.parametrize("schedule", Schedule)
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_the_planned_reference_is_the_starting_policy(
+    checkpoints: Path, tmp_path: Path, kind: Kind, schedule: Schedule
+) -> None:
+    cfg = configure(checkpoints, kind, schedule)
+    plan = plan_reference(cfg, gather_facts(cfg))
+    assert (plan.source, plan.schedule) == (getattr(kind, schedule.value), schedule)
+    policy = load_policy(cfg)
+    separate = SeparateModel(Scorer(copy.deepcopy(policy.model), layout="packed"))
+    start = answers(separate, policy)
+
+    if plan.source is Source.ADAPTER_OFF:
+        require_adapter_off(policy, GROUPS)
+    reference = reference_by_plan(plan, cfg, policy, tmp_path)
+    proof = prove_reference(policy, reference, GROUPS, expected_equal=plan.equals_starting_policy)
+    before = answers(reference, policy)
+    assert furthest(before, start) <= (0 if schedule is Schedule.LIVE else SAME)
+
+    train(policy, reference)
+
+    assert torch.equal(answers(reference, policy), before)
+    assert furthest(answers(separate, policy), start) == 0, "the separate copy itself has moved"
+    assert check_unmoved(proof, policy, reference, GROUPS) == 0
+    moved = SeparateModel(policy)
+    assert furthest(answers(moved, policy), start) > MOVED, "training that moves nothing proves nothing"
+
+
+def test_every_source_and_schedule_is_reached() -> None:
+    reached = {(getattr(kind, schedule.value), schedule) for kind in KINDS.values() for schedule in Schedule}
+    assert {source for source, _ in reached} == set(SOURCES) - {Source.NONE}
+
+
+@pytest.mark.parametrize("name", ["pissa", "olora", "random start", "resumed"])
+def test_adapter_off_would_not_be_the_starting_policy(checkpoints: Path, name: str) -> None:
+    cfg = configure(checkpoints, KINDS[name], Schedule.LIVE)
+    policy = load_policy(cfg)
+    start = answers(SeparateModel(Scorer(copy.deepcopy(policy.model), layout="packed")), policy)
+    assert furthest(answers(AdapterOff(policy), policy), start) > MOVED
+
+
+def test_adapter_off_would_move_where_biases_are_trained(checkpoints: Path) -> None:
+    policy = load_policy(configure(checkpoints, KINDS["bias all"], Schedule.LIVE))
+    reference = AdapterOff(policy)
+    before = answers(reference, policy)
+    train(policy, reference)
+    assert furthest(answers(reference, policy), before) > MOVED
+
+
+def test_the_bare_base_is_not_what_a_resumed_run_starts_from(checkpoints: Path) -> None:
+    cfg = configure(checkpoints, KINDS["resumed"], Schedule.LIVE)
+    policy = load_policy(cfg)
+    base = AutoModelForCausalLM.from_pretrained(checkpoints / "llama")
+    start = answers(SeparateModel(policy), policy)
+    assert furthest(answers(SeparateModel(Scorer(base, layout="packed")), policy), start) > MOVED
+
+
+def test_live_and_precomputed_train_the_same_weights(checkpoints: Path, tmp_path: Path) -> None:
+    trained = []
+    for schedule in Schedule:
+        cfg = configure(checkpoints, KINDS["lora"], schedule)
+        plan = plan_reference(cfg, gather_facts(cfg))
+        policy = load_policy(cfg)
+        train(policy, reference_by_plan(plan, cfg, policy, tmp_path))
+        trained.append(torch.cat([value.detach().flatten() for value in policy.model.parameters()]))
+    torch.testing.assert_close(*trained, atol=1e-4, rtol=0)
