@@ -1,0 +1,226 @@
+"""Everything before step 1, and before evaluation: decided, read, loaded, scored, proved.
+
+run    = read_run(cfg)                the plan, the tokenizer, the data; no weights yet
+policy = load_policy(run, …)          the model that trains, in the layout it allows
+store  = score_ahead(run, policy)     the reference's log-probs, where the plan precomputes them
+judged = prove(run, policy, store)    the reference the trainer asks, measured against the policy
+"""
+
+import gc
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fiducial.config.load import validate_config
+from fiducial.config.schema import RunConfig
+from fiducial.data.dataset import TokenizedDataset
+from fiducial.data.prepare import PreparedData, load_groups
+from fiducial.data.tokenize import TokenizedGroup
+from fiducial.errors import ConfigError
+from fiducial.losses import build_loss
+from fiducial.model.layout import LayoutChoice, choose_layout
+from fiducial.model.loader import ModelLoader
+from fiducial.model.precision import resolve_precision
+from fiducial.model.scoring import Scorer
+from fiducial.model.tokenizer import load_tokenizer
+from fiducial.reference.cache import LogpStore, score_reference
+from fiducial.reference.facts import Facts, gather_facts
+from fiducial.reference.identity import identify
+from fiducial.reference.kinds import ReferencePlan, Schedule, Source
+from fiducial.reference.plan import plan_reference
+from fiducial.reference.sources import NoReference, Reference, build_reference, build_scoring_reference
+from fiducial.reference.verify import Proof, prove_reference, require_adapter_off
+
+PROOF_GROUPS = 4
+REFERENCE_FOLDER = "reference"
+"""Below the output folder: records of the reference's log-probs, by the identity of its weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What is known of a run before weights are loaded."""
+
+    cfg: RunConfig
+    facts: Facts
+    plan: ReferencePlan
+    tokenizer: PreTrainedTokenizerBase
+    data: PreparedData
+    console: Console
+
+    @property
+    def precomputes(self) -> bool:
+        """Whether the reference is scored before step 1."""
+        return self.plan.schedule is Schedule.PRECOMPUTED
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """The model that trains, and how groups are laid out for it."""
+
+    model: PreTrainedModel
+    scorer: Scorer
+    layout: LayoutChoice
+    micro_batch_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProvedReference:
+    """What the trainer asks for the reference's log-probs, and what was measured of it before step 1."""
+
+    reference: Reference
+    groups: list[TokenizedGroup]
+    """The groups it was measured on."""
+    proof: Proof | None
+    """None where there is no reference."""
+
+
+def read_run(cfg: RunConfig | Mapping[str, Any], console: Console | None = None) -> Run:
+    """Check, plan, and read the data; every mistake that needs no weights is found here.
+
+    Raises:
+        FiducialError: the config, the plan, a checkpoint's files, or the data are wrong.
+    """
+    checked = validate_config(cfg)
+    _require_trainable(checked)
+    facts = gather_facts(checked)
+    plan = plan_reference(checked, facts)
+    tokenizer = load_tokenizer(checked)
+    data = load_groups(checked, tokenizer)
+    return Run(checked, facts, plan, tokenizer, data, console or main_console())
+
+
+def main_console() -> Console:
+    """One process of a distributed run speaks for all of them."""
+    return Console(quiet=os.environ.get("RANK", "0") != "0")
+
+
+def load_policy(run: Run, device: torch.device, micro_batch_tokens: int) -> Policy:
+    """The starting policy on `device`, in the layout it was measured to allow."""
+    model, _ = ModelLoader(run.cfg, run.tokenizer).load()
+    scorer, layout = _scorer(run, model, device)
+    return Policy(scorer.model, scorer, layout, micro_batch_tokens)
+
+
+def load_second_model(run: Run, device: torch.device) -> Scorer | None:
+    """The second model, where the plan's reference is one."""
+    if run.plan.source is not Source.SEPARATE_MODEL:
+        return None
+    model, _ = ModelLoader(run.cfg, run.tokenizer, reference_model=True).load()
+    where = torch.device("cpu") if run.cfg.reference.device == "cpu" else device
+    return _scorer(run, model, where)[0]
+
+
+def score_ahead(run: Run, policy: Policy, device: torch.device) -> LogpStore | None:
+    """Score the reference over all data, where the plan precomputes it, and forget any second model.
+
+    Only what the store has no record of is scored. The policy must still hold the weights it starts from: a
+    resumed run scores before it loads its checkpoint.
+    """
+    if not run.precomputes:
+        return None
+    second = load_second_model(run, device)
+    scorer = second or policy.scorer
+    store = LogpStore(Path(run.cfg.output.output_dir) / REFERENCE_FOLDER, identify(run.plan, scorer))
+    reference = build_scoring_reference(run.plan, policy.scorer, second)
+    for name, groups in _datasets(run.data).items():
+        _score_with_bar(run.console, name, groups, reference, scorer, store, policy.micro_batch_tokens)
+    del second, scorer, reference
+    gc.collect()
+    torch.cuda.empty_cache()
+    return store
+
+
+def prove(run: Run, policy: Policy, store: LogpStore | None, device: torch.device) -> ProvedReference:
+    """The reference the trainer asks, measured against the policy on a few groups.
+
+    Raises:
+        PlanError: switching the adapter off is not the starting policy.
+        TrainingError: the reference should be the starting policy, and is not.
+    """
+    groups = typical_groups(run.data.train)
+    if run.plan.source is Source.ADAPTER_OFF:
+        require_adapter_off(policy.scorer, groups)
+    second = None if run.precomputes else load_second_model(run, device)
+    reference = build_reference(run.plan, policy.scorer, second, store)
+    if isinstance(reference, NoReference):
+        return ProvedReference(reference, groups, None)
+    proof = prove_reference(policy.scorer, reference, groups, expected_equal=run.plan.equals_starting_policy)
+    return ProvedReference(reference, groups, proof)
+
+
+def typical_groups(data: TokenizedDataset) -> list[TokenizedGroup]:
+    """A few groups from the shorter half: real rows, and cheap to score a few times."""
+    by_length = np.argsort(data.lengths, kind="stable")
+    start = len(by_length) // 4
+    return [data[int(index)] for index in by_length[start : start + PROOF_GROUPS]]
+
+
+def _scorer(run: Run, model: Any, device: torch.device) -> tuple[Scorer, LayoutChoice]:
+    if not (run.cfg.model.load_in_8bit or run.cfg.model.load_in_4bit):  # those are where they are
+        model.to(device)
+    autocast = resolve_precision(run.cfg, device).autocast
+    layout = choose_layout(
+        model,
+        typical_groups(run.data.train),
+        packing=run.cfg.model.packing,
+        longest=max(_longest(groups) for groups in _datasets(run.data).values()),
+        autocast=autocast,
+    )
+    return Scorer(model, layout=layout.layout, autocast=autocast), layout
+
+
+def _longest(groups: TokenizedDataset) -> int:
+    return max(groups[index].longest for index in range(len(groups)))
+
+
+def _datasets(data: PreparedData) -> dict[str, TokenizedDataset]:
+    held_out = {"held-out": data.evaluation} if data.evaluation is not None else {}
+    return {"training": data.train} | held_out
+
+
+def _score_with_bar(
+    console: Console,
+    name: str,
+    groups: TokenizedDataset,
+    reference: Reference,
+    scorer: Scorer,
+    store: LogpStore,
+    token_budget: int,
+) -> None:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(f"scoring the reference on {name} data", total=None)
+        scored = score_reference(
+            groups,
+            reference,
+            scorer,
+            store,
+            token_budget=token_budget,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    found = f"{scored} completions scored" if scored else "known from an earlier run"
+    console.print(f"Reference on {name} data: {found}.")
+
+
+def _require_trainable(cfg: RunConfig) -> None:
+    missing = [key for key, value in {"rl": cfg.method, "datasets": cfg.data}.items() if value is None]
+    if missing:
+        raise ConfigError(
+            f"{', '.join(missing)}: needed to train. Write, for example, rl: dpo and "
+            "datasets: [{path: pairs.jsonl}]."
+        )
+    if cfg.method is not None:
+        build_loss(cfg.method)  # refuses a method that can only be planned
+    if cfg.adapter is not None and cfg.model.unfrozen_parameters is not None:
+        raise ConfigError(
+            "unfrozen_parameters: weights outside the adapter would be trained and then lost, because an "
+            "adapter is saved without its base. Name whole modules with lora_modules_to_save, or remove "
+            "adapter."
+        )

@@ -1,0 +1,210 @@
+"""From a `RunConfig` to transformers' `TrainingArguments`, and to the callbacks its settings ask for.
+
+What is decided here and not passed on: a dataloader item is a whole optimizer step, so the batch size is that
+of the step and transformers accumulates nothing; autocast is the scorer's, so transformers' own is off (but
+for float16, whose gradients need its scaler); gradient checkpointing is switched on when the model is loaded.
+"""
+
+import math
+import os
+from typing import Any
+
+import torch
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
+
+from fiducial.compat import use_one_device
+from fiducial.config.schema import RunConfig
+from fiducial.errors import ConfigError
+from fiducial.model.precision import resolve_precision
+
+STEPS_INSIDE_BACKWARD = ("lomo", "adalomo")
+
+
+def training_arguments(
+    cfg: RunConfig, *, num_rows: int, has_evaluation: bool, resuming: bool = False
+) -> TrainingArguments:
+    """Arguments for `num_rows` training rows.
+
+    Raises:
+        ConfigError: a setting, or two together, that transformers or this machine cannot honour.
+    """
+    _check_optimizer(cfg)
+    _check_launch(cfg)
+    steps_per_epoch = math.ceil(num_rows / (cfg.optimization.groups_per_step * world_size()))
+    settings: dict[str, Any] = (
+        _optimization(cfg)
+        | _evaluation(cfg, steps_per_epoch, has_evaluation=has_evaluation, resuming=resuming)
+        | _saving(cfg, steps_per_epoch)
+        | _logging(cfg, steps_per_epoch)
+        | _distribution(cfg)
+    )
+    try:
+        args = TrainingArguments(**{key: value for key, value in settings.items() if value is not None})
+    except (ValueError, ImportError) as error:  # transformers checks combinations and optional packages
+        raise ConfigError(f"The training settings do not go together: {error}") from error
+    assert args.world_size == world_size(), "each process would train on its own"
+    use_one_device(args)
+    return args
+
+
+def world_size() -> int:
+    """Processes of this run, as the launcher says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def setting_callbacks(cfg: RunConfig) -> list[TrainerCallback]:
+    """Callbacks of transformers that settings ask for."""
+    patience = cfg.evaluation.early_stopping_patience
+    return [EarlyStoppingCallback(patience)] if patience is not None else []
+
+
+def _optimization(cfg: RunConfig) -> dict[str, Any]:
+    options = cfg.optimization
+    return {
+        "output_dir": cfg.output.output_dir,
+        "per_device_train_batch_size": options.groups_per_step,
+        "gradient_accumulation_steps": 1,
+        "num_train_epochs": options.num_epochs,
+        "max_steps": options.max_steps,
+        "learning_rate": options.learning_rate,
+        "optim": options.optimizer,
+        "optim_args": _optimizer_arguments(options.optim_args),
+        "weight_decay": options.weight_decay,
+        "max_grad_norm": options.max_grad_norm,
+        "adam_beta1": options.adam_beta1,
+        "adam_beta2": options.adam_beta2,
+        "adam_epsilon": options.adam_epsilon,
+        "lr_scheduler_type": options.lr_scheduler,
+        "lr_scheduler_kwargs": options.lr_scheduler_kwargs or None,
+        "warmup_steps": _warmup(cfg),
+        "seed": options.seed,
+        "fp16": resolve_precision(cfg).autocast == torch.float16,
+        "tf32": cfg.model.tf32 or None,
+        "torch_compile": cfg.model.torch_compile,
+        "remove_unused_columns": False,
+        "dataloader_num_workers": cfg.data.dataloader_num_workers if cfg.data else 0,
+    }
+
+
+def _evaluation(
+    cfg: RunConfig, steps_per_epoch: int, *, has_evaluation: bool, resuming: bool
+) -> dict[str, Any]:
+    options = cfg.evaluation
+    strategy = options.strategy
+    if options.steps is not None or options.per_epoch is not None:
+        strategy = "steps"
+    if strategy != "no" and not has_evaluation:
+        raise ConfigError(
+            "eval_strategy: there is nothing to evaluate on. Hold rows out with val_set_size: 0.05, name "
+            "test_datasets, or remove the evaluation settings."
+        )
+    best = options.metric_for_best_model
+    if options.early_stopping_patience is not None and best is None:
+        best = "loss"
+    return {
+        "eval_strategy": strategy,
+        "eval_steps": _every(options.steps, options.per_epoch, steps_per_epoch),
+        # A resumed run was evaluated at its start, when it started.
+        "eval_on_start": strategy != "no" and not resuming,
+        "per_device_eval_batch_size": options.batch_size or cfg.optimization.groups_per_step,
+        "metric_for_best_model": best,
+        "greater_is_better": options.greater_is_better,
+        "load_best_model_at_end": options.load_best_model_at_end,
+    }
+
+
+def _saving(cfg: RunConfig, steps_per_epoch: int) -> dict[str, Any]:
+    options = cfg.output
+    by_steps = options.save_steps is not None or options.saves_per_epoch is not None
+    return {
+        "save_strategy": "steps" if by_steps else options.save_strategy,
+        "save_steps": _every(options.save_steps, options.saves_per_epoch, steps_per_epoch),
+        "save_total_limit": options.save_total_limit,
+        "save_only_model": options.save_only_model,
+        "push_to_hub": options.hub_model_id is not None,
+        "hub_model_id": options.hub_model_id,
+        "hub_strategy": options.hub_strategy,
+    }
+
+
+def _logging(cfg: RunConfig, steps_per_epoch: int) -> dict[str, Any]:
+    options = cfg.output
+    steps = cfg.optimization.max_steps or math.ceil(cfg.optimization.num_epochs * steps_per_epoch)
+    return {
+        "logging_strategy": "steps",
+        "logging_steps": options.logging_steps or min(max(round(0.005 * steps), 1), 10),
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,
+        "report_to": list(options.loggers) or "none",
+        "run_name": options.run_name,
+        "project": options.project,
+        "disable_tqdm": True,  # the progress bar is `fiducial.training.progress`
+    }
+
+
+def _distribution(cfg: RunConfig) -> dict[str, Any]:
+    options = cfg.distributed
+    return {
+        "fsdp": True if options.fsdp_version is not None else None,
+        "fsdp_config": _fsdp_config(options.fsdp_config) if options.fsdp_version is not None else None,
+        "deepspeed": options.deepspeed,
+        # Without a GPU several processes find each other only if told that this is meant.
+        "use_cpu": not torch.accelerator.is_available(),
+        "ddp_timeout": options.ddp_timeout,
+        "ddp_bucket_cap_mb": options.ddp_bucket_cap_mb,
+        # Every pass of every process uses every trained weight; looking for unused ones costs time.
+        "ddp_find_unused_parameters": False,
+        "ddp_broadcast_buffers": options.ddp_broadcast_buffers,
+    }
+
+
+def _fsdp_config(options: dict[str, Any] | None) -> dict[str, Any]:
+    config = dict(options or {}) | {"version": 2}
+    config.pop("fsdp_version", None)
+    if "offload_params" in config:
+        config["cpu_offload"] = config.pop("offload_params")
+    return config
+
+
+def _every(steps: float | None, per_epoch: int | None, steps_per_epoch: int) -> float | None:
+    return max(round(steps_per_epoch / per_epoch), 1) if per_epoch is not None else steps
+
+
+def _warmup(cfg: RunConfig) -> float:
+    """Steps, or below 1 a share of all steps, which is how transformers tells them apart."""
+    if cfg.optimization.warmup_steps is not None:
+        return cfg.optimization.warmup_steps
+    return min(cfg.optimization.warmup_ratio or 0.0, math.nextafter(1.0, 0.0))
+
+
+def _optimizer_arguments(options: str | dict[str, Any] | None) -> str | None:
+    if isinstance(options, dict):
+        return ",".join(f"{name}={value}" for name, value in options.items())
+    return options
+
+
+def _check_optimizer(cfg: RunConfig) -> None:
+    name = cfg.optimization.optimizer
+    if name in STEPS_INSIDE_BACKWARD or name.endswith("_layerwise"):
+        raise ConfigError(
+            f"optimizer: {name} updates weights inside backward, so a step could not be cut into "
+            "micro-batches without changing its result. Use adafactor, or adapter: lora, to save memory."
+        )
+
+
+def _check_launch(cfg: RunConfig) -> None:
+    mixed = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if mixed not in ("no", ""):
+        raise ConfigError(
+            f"accelerate was launched with mixed precision {mixed}, which would override the run's own. "
+            "Set bf16 or fp16 in the YAML and launch with --mixed_precision no."
+        )
+    if cfg.distributed.fsdp_version is None:
+        return
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "fsdp_version: there is no GPU, and on a CPU accelerate would replicate the model instead of "
+            "sharding it, without a word. Remove it."
+        )
+    if world_size() == 1:
+        raise ConfigError("fsdp_version: one process has nothing to shard between. Launch with torchrun.")

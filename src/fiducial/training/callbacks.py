@@ -1,0 +1,189 @@
+"""What happens beside the optimizer steps: metrics kept and written, and a run that stops when asked to."""
+
+import json
+import math
+import signal
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from fiducial.training.checkpoints import saved_callback_states
+from fiducial.training.metrics import MetricSums, Stopwatch, peak_memory
+
+
+class RunningMetrics(TrainerCallback, ExportableState):
+    """Metrics since the last log, and the token budget: both kept in checkpoints."""
+
+    def __init__(self, device: torch.device, micro_batch_tokens: int) -> None:
+        self.device = device
+        self.micro_batch_tokens = micro_batch_tokens
+        self.sums = MetricSums(device)
+        self.stopwatch = Stopwatch()
+        self.seconds = 0.0
+        """Trained since the last log before the run was resumed."""
+
+    def take(self) -> dict[str, float]:
+        """Means and throughput since the last log; starts anew."""
+        seconds = self.stopwatch.restart()
+        metrics = self.sums.means() | {
+            "tokens_per_second": self.sums.num_tokens / seconds,
+            "pairs_per_second": self.sums.num_pairs / seconds,
+            "peak_memory_gb": peak_memory(self.device) / 1e9,
+        }
+        self.sums = MetricSums(self.device)
+        return metrics
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        attributes = {"totals": self.totals, "seconds": self.stopwatch.elapsed}
+        return {"args": {"micro_batch_tokens": self.micro_batch_tokens}, "attributes": attributes}
+
+    @property
+    def totals(self) -> list[list[float]]:
+        """The sums and counts, as a checkpoint keeps them: float64 survives JSON unchanged."""
+        rows: list[list[float]] = self.sums.totals.tolist()
+        return rows
+
+    @totals.setter
+    def totals(self, rows: list[list[float]]) -> None:
+        self.sums.totals = torch.tensor(rows, dtype=torch.float64).to(self.sums.totals)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Time starts at the first step, not while the model is wrapped."""
+        self.stopwatch.restart(already=self.seconds)
+
+
+def saved_micro_batch_tokens(checkpoint: Path) -> int | None:
+    """The token budget the run that wrote `checkpoint` had reached: dropout masks depend on it."""
+    state = saved_callback_states(checkpoint).get(RunningMetrics.__name__)
+    return int(state["args"]["micro_batch_tokens"]) if state is not None else None
+
+
+def restore_callbacks(callbacks: Iterable[TrainerCallback], checkpoint: Path) -> None:
+    """Give every callback that keeps state (early stopping's patience, say) what `checkpoint` has of it."""
+    states = saved_callback_states(checkpoint)
+    for callback in callbacks:
+        if isinstance(callback, ExportableState):
+            for name, value in states.get(type(callback).__name__, {}).get("attributes", {}).items():
+                setattr(callback, name, value)
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every log to a file, one JSON object a line; after a resume it is that of an unbroken run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Drop what the resumed checkpoint does not know of; a new run puts an older run's file aside."""
+        if not state.is_world_process_zero:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if state.global_step > 0:
+            self._keep_until(state.global_step)
+        elif self.path.exists():
+            self.path.replace(self.path.with_suffix(".previous.jsonl"))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write one line; a number JSON has no name for becomes null."""
+        if not state.is_world_process_zero:
+            return
+        record = {"step": state.global_step} | {
+            name: _jsonable(value) for name, value in (logs or {}).items()
+        }
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+
+    def _keep_until(self, step: int) -> None:
+        kept = [
+            line
+            for line, record in read_metrics_lines(self.path)
+            if record["step"] <= step
+            and "train_runtime" not in record  # the summary of a run that stopped here
+        ]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.replace(self.path)
+
+
+def read_metrics_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Each complete line of a metrics file and what it holds; a line cut off by a crash is left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            records.append((line, json.loads(line)))
+        except ValueError:
+            continue
+    return records
+
+
+def _jsonable(value: Any) -> Any:
+    number = value.item() if isinstance(value, torch.Tensor) else value
+    return None if isinstance(number, float) and not math.isfinite(number) else number
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was asked to stop, and did so after saving a checkpoint."""
+
+
+class Interruption(TrainerCallback):
+    """Ctrl-C or SIGTERM saves a checkpoint after the current step and stops; a second one acts at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.stopped_at: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Listen, where Python lets us: signals reach only the main thread."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._request)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Every process stops at the same step, though the signal may reach them at different ones."""
+        if self._agreed(args.device):
+            self.stopped_at = state.global_step
+            control.should_save = control.should_training_stop = True
+        return control
+
+    def release(self) -> None:
+        """Give the signals back to whoever had them."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        self.release()
+
+    def _agreed(self, device: torch.device) -> bool:
+        if not (dist.is_initialized() and dist.get_world_size() > 1):
+            return self.requested
+        requests = torch.tensor(int(self.requested), device=device)
+        dist.all_reduce(requests, op=dist.ReduceOp.MAX)
+        return bool(requests.item())

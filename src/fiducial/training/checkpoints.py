@@ -1,0 +1,127 @@
+"""Which checkpoint a run resumes from, and what a full disk means for one being written.
+
+transformers writes a checkpoint's state file last, so a folder without a readable one was cut off while it
+was written. It is never resumed from; the complete one before it is.
+"""
+
+import errno
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fiducial.errors import ConfigError, TrainingError
+
+_FULL_DISK_WORDS = (
+    "No space left on device",
+    "os error 28",
+    "PytorchStreamWriter failed writing",
+    ". unexpected pos ",  # how torch finds out when it closes a zip file that was cut short
+)
+STATE_FILE = "trainer_state.json"
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "adapter_model.safetensors",
+    "pytorch_model_fsdp.bin",
+    "pytorch_model_fsdp_0",
+    "latest",  # DeepSpeed's pointer to its own folder
+)
+
+
+def read_state(checkpoint: Path) -> dict[str, Any] | None:
+    """The trainer's state saved in `checkpoint`, or None where it is missing or cut off."""
+    try:
+        state: dict[str, Any] = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return state
+
+
+def saved_callback_states(checkpoint: Path) -> dict[str, dict[str, Any]]:
+    """By class name, what callbacks keep in `checkpoint`; nothing where another program wrote it."""
+    states = (read_state(checkpoint) or {}).get("stateful_callbacks", {})
+    # transformers keeps a list where there are several callbacks of one class.
+    return {name: state for name, state in states.items() if isinstance(state, dict)}
+
+
+def missing_from(checkpoint: Path, num_processes: int = 1) -> list[str]:
+    """What `checkpoint` lacks for an exact resume by `num_processes`; empty where it is complete."""
+    states = (
+        ["rng_state.pth"]
+        if num_processes == 1
+        else [f"rng_state_{rank}.pth" for rank in range(num_processes)]
+    )
+    missing = [name for name in ("scheduler.pt", *states) if not (checkpoint / name).is_file()]
+    if read_state(checkpoint) is None:
+        missing.append(STATE_FILE)
+    if not any((checkpoint / name).exists() for name in WEIGHTS):
+        missing.append("weights")
+    return missing
+
+
+def last_complete(output_dir: Path, num_processes: int = 1) -> Path | None:
+    """The newest complete checkpoint in `output_dir`, if there is one."""
+    numbered = [
+        (int(found[1]), path)
+        for path in output_dir.glob("checkpoint-*")
+        if (found := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    ]
+    for _, path in sorted(numbered, reverse=True):
+        if not missing_from(path, num_processes):
+            return path
+    return None
+
+
+def to_resume(
+    resume_from: str | None, *, auto: bool, output_dir: Path, num_processes: int = 1
+) -> Path | None:
+    """The checkpoint folder the run goes on from, or None to start at step 0.
+
+    Raises:
+        ConfigError: the checkpoint that was named is not there or not complete.
+    """
+    if resume_from is None:
+        return last_complete(output_dir, num_processes) if auto else None
+    path = Path(resume_from)
+    missing = missing_from(path, num_processes)
+    if missing:
+        instead = last_complete(path.parent, num_processes)
+        advice = (
+            f"Use resume_from_checkpoint: {instead}."
+            if instead is not None and instead != path
+            else "Remove the key to start from the beginning."
+        )
+        raise ConfigError(
+            f"resume_from_checkpoint: {path} cannot be resumed exactly by {num_processes} process(es): "
+            f"it lacks {', '.join(missing)}. {advice}"
+        )
+    return path
+
+
+@contextmanager
+def full_disk_explained(output_dir: Path) -> Iterator[None]:
+    """Turn a write that failed for want of space into a `TrainingError` that says where and what to do."""
+    try:
+        yield
+    except Exception as error:  # every writer has its own exception type; all others pass on unchanged
+        if not _is_full_disk(error):
+            raise
+        good = last_complete(output_dir)
+        resume = f" Then resume with resume_from_checkpoint: {good}." if good is not None else ""
+        raise TrainingError(
+            f"The disk that holds {output_dir} is full; what was being written is incomplete, everything "
+            "before it is intact. Free space there, set output_dir to another disk, or keep fewer "
+            f"checkpoints with save_total_limit.{resume}"
+        ) from error
+
+
+def _is_full_disk(error: BaseException) -> bool:
+    """By error number where there is one; safetensors and torch's zip writer only have words."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    if any(words in str(error) for words in _FULL_DISK_WORDS):
+        return True
+    return error.__context__ is not None and _is_full_disk(error.__context__)

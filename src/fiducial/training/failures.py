@@ -1,0 +1,44 @@
+"""What to tell a user whose step could not be computed."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fiducial.data.tokenize import TokenizedGroup
+from fiducial.errors import TrainingError
+
+
+def loss_not_finite(
+    micro_batches: Sequence[Sequence[TokenizedGroup]],
+    losses: Sequence[Tensor],
+    *,
+    step: int,
+    learning_rate: float,
+) -> TrainingError:
+    """Names the step and the rows whose loss is infinite or not a number."""
+    groups = [group for micro_batch in micro_batches for group in micro_batch]
+    finite = torch.cat(list(losses)).isfinite().tolist()
+    bad = [group for group, is_finite in zip(groups, finite, strict=True) if not is_finite]
+    keys = ", ".join(" / ".join(group.keys) for group in bad[:4])
+    return TrainingError(
+        f"The loss is not a number at step {step}, for {len(bad)} of {len(groups)} groups (content keys "
+        f"{keys}). The weights were not updated and earlier checkpoints are good. Try a lower learning_rate "
+        f"(now {learning_rate:g}), more warmup_steps, max_grad_norm: 1.0, or bf16 instead of fp16."
+    )
+
+
+def group_does_not_fit(tokens: int, *, step: int) -> TrainingError:
+    """There is nothing left to cut."""
+    return TrainingError(
+        f"Out of memory at step {step} with one group of {tokens} tokens in a forward pass. Lower "
+        "sequence_len, or set gradient_checkpointing: true, bf16: true, or adapter: lora."
+    )
+
+
+def budget_too_large(tokens: int, *, step: int, rank: int, smaller: int) -> TrainingError:
+    """With several processes one cannot repeat its step alone: the others wait for it inside a collective."""
+    return TrainingError(
+        f"Out of memory at step {step} in process {rank} with {tokens} tokens in a forward pass. "
+        f"Set micro_batch_tokens: {smaller} and start again."
+    )

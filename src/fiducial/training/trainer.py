@@ -1,0 +1,259 @@
+"""The trainer: transformers' loop around an optimizer step that is exact however it is cut.
+
+It knows no loss, no kind of reference and no data format; it is handed finished objects. What it changes in
+`transformers.Trainer` is what one step and one evaluation mean:
+
+- A dataloader item is the list of all groups of one optimizer step on this process. `training_step` cuts it
+  by a token budget and scales every loss by (processes / groups of the step in all processes), because DDP
+  and FSDP average over processes: the gradient is the mean over the step's groups, whatever the cut.
+- Every process makes the same number of passes, with an empty batch of weight 0 where it has nothing left:
+  FSDP gathers weights in each pass, and a process that made fewer would leave the others waiting.
+- Metrics are sums and counts, added up over processes once per step.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+
+from fiducial.data.tokenize import TokenizedGroup
+from fiducial.model.adapters import POLICY_ADAPTER
+from fiducial.training.callbacks import RunningMetrics, restore_callbacks
+from fiducial.training.dataloader import Process, step_dataloader
+from fiducial.training.failures import budget_too_large, group_does_not_fit, loss_not_finite
+from fiducial.training.metrics import MetricSums
+from fiducial.training.micro_batches import COSTS, Load, cut, largest
+from fiducial.training.objective import Objective, Scored
+
+logger = logging.getLogger(__name__)
+
+Groups = Sequence[TokenizedGroup]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingData:
+    """What is trained on and, if anything, what is evaluated."""
+
+    train: Dataset[TokenizedGroup]
+    evaluation: Dataset[TokenizedGroup] | None = None
+    shuffle: bool = True
+
+
+class PreferenceTrainer(Trainer):
+    """Minimises an objective over groups."""
+
+    model: PreTrainedModel
+    objective: Objective
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        objective: Objective,
+        data: TrainingData,
+        *,
+        micro_batch_tokens: int,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        self.objective = objective
+        self.shuffle = data.shuffle
+        self.running = RunningMetrics(args.device, micro_batch_tokens)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=data.train,
+            eval_dataset=data.evaluation,
+            processing_class=tokenizer,
+            callbacks=[self.running, *callbacks],
+        )
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Train, from the start or from a checkpoint folder."""
+        if isinstance(resume_from_checkpoint, str):
+            restore_callbacks(self.callback_handler.callbacks, Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def training_step(
+        self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Gradients of the mean loss over the step's groups; returns this process's share of that mean.
+
+        Raises:
+            TrainingError: the loss is not a number, or not even one group at a time fits into memory.
+        """
+        model.train()
+        self._optimizer_mode("train")
+        self.objective.scorer.module = model
+        loss, sums = self._shrinking(inputs, partial(self._forward_backward, model, inputs))
+        sums.reduce()
+        self.running.sums.merge(sums)
+        return loss
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Every metric as its exact mean over all groups, whatever the batches and processes."""
+        self.model.train(False)
+        self._optimizer_mode("eval")
+        self.objective.scorer.module = self.model
+        self.callback_handler.eval_dataloader = dataloader
+        sums = MetricSums(self.args.device)
+        for groups in dataloader:
+            sums.merge(self._shrinking(groups, partial(self._score, groups)))
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        sums.reduce()
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in sums.means().items()}
+        return EvalLoopOutput(np.empty(0), None, metrics, sums.num_pairs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate; the time it takes does not count towards training's throughput."""
+        with self.running.stopwatch.paused():
+            return super().evaluate(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the metrics of all pairs since the last log where it is training that is logged."""
+        if "loss" in logs:
+            logs.update(self.running.take())
+        super().log(logs, start_time)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """One item an optimizer step: the list of this process's groups."""
+        return self._dataloader(self.train_dataset, self.args.per_device_train_batch_size, self.shuffle)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """Lists of groups in the data's order, dealt out to processes without repeating any."""
+        if isinstance(eval_dataset, str):
+            assert isinstance(self.eval_dataset, dict)
+            eval_dataset = self.eval_dataset[eval_dataset]
+        chosen = eval_dataset if eval_dataset is not None else self.eval_dataset
+        return self._dataloader(chosen, self.args.per_device_eval_batch_size, shuffle=False)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """6 operations per trained weight and token, 4 per frozen one: no gradient of the weight itself."""
+        per_token = sum(p.numel() * (6 if p.requires_grad else 4) for p in self.model.parameters())
+        return per_token * Load.of(inputs).tokens
+
+    def load_weights(self, folder: Path) -> None:
+        """Put the weights (or the adapter) saved in `folder` into the model."""
+        self._load_from_checkpoint(str(folder))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """As transformers does, but an adapter's tensors go into the adapter that is there.
+
+        PEFT's `load_adapter` would prepare it again: PiSSA and OLoRA would decompose the base a second time.
+        """
+        policy = model if model is not None else self.model
+        if not isinstance(policy, PeftModel) or self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        weights = load_peft_weights(resume_from_checkpoint, device="cpu")
+        set_peft_model_state_dict(policy, weights, adapter_name=POLICY_ADAPTER)
+
+    def _load_best_model(self) -> None:
+        if isinstance(self.model, PeftModel) and not self.is_fsdp_enabled:
+            self.load_weights(Path(self.state.best_model_checkpoint or ""))
+        else:
+            super()._load_best_model()
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with self.running.stopwatch.paused():
+            super()._save_checkpoint(model, trial)
+
+    def _dataloader(self, dataset: Any, groups_per_step: int, shuffle: bool) -> DataLoader[Any]:
+        process = Process(self.accelerator.process_index, self.accelerator.num_processes)
+        seed = self.args.seed if shuffle else None
+        workers = self.args.dataloader_num_workers
+        return step_dataloader(dataset, groups_per_step, process, shuffle_seed=seed, num_workers=workers)
+
+    def _optimizer_mode(self, mode: str) -> None:
+        """Schedule-free optimizers keep two sets of weights and are told which one is wanted."""
+        if callable(switch := getattr(self.optimizer, mode, None)):
+            switch()
+
+    def _forward_backward(self, model: nn.Module, groups: Groups) -> tuple[Tensor, MetricSums]:
+        model.zero_grad()  # of what an attempt that ran out of memory left behind
+        num_groups, micro_batches = self._cut(groups)
+        weight = self.accelerator.num_processes / max(num_groups, 1)
+        total, sums = torch.zeros((), device=self.args.device), MetricSums(self.args.device)
+        losses: list[Tensor] = []
+        for index, micro_batch in enumerate(micro_batches):
+            last = index == len(micro_batches) - 1
+            with nullcontext() if last else self.accelerator.no_sync(model):
+                scored = self.objective(micro_batch)
+                loss = scored.output.loss.sum() * weight
+                self.accelerator.sync_gradients = last  # DeepSpeed steps by it
+                self.accelerator.backward(loss)
+            total += loss.detach()
+            losses.append(scored.output.loss.detach())
+            _count(sums, scored, micro_batch)
+        if not torch.isfinite(total):
+            step, learning_rate = self.state.global_step + 1, self._get_learning_rate()
+            raise loss_not_finite(micro_batches, losses, step=step, learning_rate=learning_rate)
+        return total, sums
+
+    def _score(self, groups: Groups) -> MetricSums:
+        sums = MetricSums(self.args.device)
+        with torch.no_grad():
+            for micro_batch in self._cut(groups)[1]:
+                _count(sums, self.objective(micro_batch), micro_batch)
+        return sums
+
+    def _cut(self, groups: Groups) -> tuple[int, list[list[TokenizedGroup]]]:
+        """How many groups all processes have, and this one's micro-batches: as many as every other's."""
+        cost = COSTS[self.objective.scorer.layout]
+        micro_batches = cut(groups, self.running.micro_batch_tokens, cost=cost)
+        num_groups, passes = len(groups), max(len(micro_batches), 1)
+        if self.accelerator.num_processes > 1:
+            counts = self.accelerator.gather(torch.tensor([[num_groups, passes]], device=self.args.device))
+            num_groups, passes = int(counts[:, 0].sum()), int(counts[:, 1].max())
+        return num_groups, micro_batches + [[] for _ in range(passes - len(micro_batches))]
+
+    def _shrinking(self, groups: Groups, attempt: Callable[[], T]) -> T:
+        """Repeat the whole `attempt` with half the token budget as long as memory runs out."""
+        while True:
+            try:
+                return attempt()
+            except torch.OutOfMemoryError as error:
+                self._halve_budget(groups, error)
+            torch.cuda.empty_cache()  # not in the handler: the traceback still holds the tensors there
+
+    def _halve_budget(self, groups: Groups, error: torch.OutOfMemoryError) -> None:
+        cost = COSTS[self.objective.scorer.layout]
+        micro_batches = cut(groups, self.running.micro_batch_tokens, cost=cost)
+        tokens = largest(micro_batches, cost=cost)
+        step = self.state.global_step + 1
+        if all(len(micro_batch) == 1 for micro_batch in micro_batches):
+            raise group_does_not_fit(tokens, step=step) from error
+        smaller = min(self.running.micro_batch_tokens, tokens) // 2
+        if self.accelerator.num_processes > 1:
+            rank = self.accelerator.process_index
+            raise budget_too_large(tokens, step=step, rank=rank, smaller=smaller) from error
+        logger.warning("Out of memory with %d tokens in a forward pass: going on with %d.", tokens, smaller)
+        self.running.micro_batch_tokens = smaller
+
+
+def _count(sums: MetricSums, scored: Scored, groups: Groups) -> None:
+    sums.add(scored.policy, scored.reference, scored.output, tokens=Load.of(groups).tokens)

@@ -1,0 +1,94 @@
+"""Two processes train as one does: the same gradients, losses and metrics, replicated and really sharded."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import distributed_worker
+from fiducial.training.callbacks import read_metrics_lines
+
+WORKER = Path(__file__).parents[1] / "distributed_worker.py"
+MODES = ("full", "lora", "mean-per-process", "full-fsdp2", "tied-fsdp2", "lora-fsdp2")
+BUDGET = 60  # the processes need different numbers of micro-batches
+ROWS = 9  # steps of 4, 4 and 1: in the last one the second process has nothing
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    """By mode, what two processes did; they are started once for all modes."""
+    folder = tmp_path_factory.mktemp("two")
+    distributed_worker.run_settings(folder)  # what both read is there before they start
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launch = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
+        *("--master-addr", "127.0.0.1", "--master-port", str(port)),
+        *(str(WORKER), str(folder), ",".join(MODES), str(BUDGET), str(ROWS)),
+    ]
+    environment = os.environ | {"PYTHONPATH": str(WORKER.parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = {mode: torch.load(folder / f"{mode}.pt", weights_only=True) for mode in MODES}
+    return results | {"run": run_result(folder / "run")}
+
+
+def run_result(folder: Path) -> dict:
+    logs = [record for _, record in read_metrics_lines(folder / "metrics.jsonl")]
+    return {"logs": logs, "weights": load_file(folder / "model.safetensors")}
+
+
+def run_one(folder: Path, mode: str) -> dict:
+    distributed_worker.main(folder, mode, 10**6, ROWS)
+    return torch.load(folder / f"{mode}.pt", weights_only=True)
+
+
+def distances(first: dict, second: dict) -> list[float]:
+    """Largest difference of any gradient at each step, as a share of the largest gradient."""
+    assert len(first["gradients"]) == len(second["gradients"]) == 3
+    shares = []
+    for ours, theirs in zip(first["gradients"], second["gradients"], strict=True):
+        assert set(ours) == set(theirs)
+        largest = max(gradient.abs().max().item() for gradient in ours.values())
+        shares.append(max((ours[name] - theirs[name]).abs().max().item() for name in ours) / largest)
+    return shares
+
+
+def logged(result: dict, name: str) -> list[float]:
+    return [log[name] for log in result["logs"] if name in log]
+
+
+@pytest.mark.parametrize("mode", ["full", "lora", "full-fsdp2", "tied-fsdp2", "lora-fsdp2"])
+def test_two_processes_train_as_one(tmp_path: Path, two_processes: dict[str, dict], mode: str) -> None:
+    alone = run_one(tmp_path, mode.removesuffix("-fsdp2"))
+    together = two_processes[mode]
+    assert together["fsdp2"] == mode.endswith("fsdp2")
+    assert together["ddp"] != together["fsdp2"]
+    assert max(distances(alone, together)) < 1e-4
+    for name in ("loss", "rewards/margins", "kl", "eval_loss", "eval_rewards/margins"):
+        assert logged(together, name) == pytest.approx(logged(alone, name), rel=1e-4, abs=1e-5)
+    assert len(logged(together, "loss")) == 3
+
+
+def test_the_mean_of_each_process_would_be_another_gradient(
+    tmp_path: Path, two_processes: dict[str, dict]
+) -> None:
+    assert distances(run_one(tmp_path, "full"), two_processes["mean-per-process"])[2] > 0.1
+
+
+def test_a_whole_run_started_with_torchrun_is_that_of_one_process(
+    tmp_path: Path, two_processes: dict[str, dict]
+) -> None:
+    distributed_worker.whole_run(tmp_path)
+    alone, together = run_result(tmp_path / "run"), two_processes["run"]
+    assert len(logged(alone, "loss")) == 6
+    for name in ("step", "loss", "eval_loss", "rewards/margins"):
+        assert logged(together, name) == pytest.approx(logged(alone, name), rel=1e-4, abs=1e-5)
+    for name, weight in alone["weights"].items():
+        assert (weight - together["weights"][name]).abs().max() < 1e-5

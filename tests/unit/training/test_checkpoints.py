@@ -1,0 +1,92 @@
+"""Which checkpoint is resumed, and what a full disk is told apart by."""
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+from safetensors import SafetensorError
+
+from fiducial.errors import ConfigError, TrainingError
+from fiducial.training.checkpoints import full_disk_explained, last_complete, missing_from, to_resume
+
+
+def write_checkpoint(folder: Path, step: int, *, without: str = "", processes: int = 1) -> Path:
+    path = folder / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    states = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
+    for name in ("model.safetensors", "scheduler.pt", "optimizer.pt", *states):
+        if name != without:
+            (path / name).write_bytes(b"x")
+    if without != "trainer_state.json":
+        (path / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    return path
+
+
+@pytest.mark.parametrize(
+    "missing", ["trainer_state.json", "rng_state.pth", "scheduler.pt", "model.safetensors"]
+)
+def test_a_checkpoint_cut_off_while_written_is_passed_over(tmp_path: Path, missing: str) -> None:
+    good = write_checkpoint(tmp_path, 9)
+    write_checkpoint(tmp_path, 10, without=missing)
+    assert last_complete(tmp_path) == good
+    assert to_resume(None, auto=True, output_dir=tmp_path) == good
+
+
+def test_a_torn_state_file_counts_as_missing(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, 5)
+    (path / "trainer_state.json").write_text('{"global_step": 5, "log_his')
+    assert missing_from(path) == ["trainer_state.json"]
+
+
+def test_steps_are_compared_as_numbers(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, 9)
+    newest = write_checkpoint(tmp_path, 10)
+    assert last_complete(tmp_path) == newest
+
+
+def test_nothing_to_resume(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, 3)
+    assert to_resume(None, auto=False, output_dir=tmp_path) is None
+    assert to_resume(None, auto=True, output_dir=tmp_path / "empty") is None
+
+
+def test_naming_an_incomplete_checkpoint_says_what_it_lacks_and_which_is_good(tmp_path: Path) -> None:
+    good = write_checkpoint(tmp_path, 2)
+    bad = write_checkpoint(tmp_path, 4, without="rng_state.pth")
+    with pytest.raises(ConfigError, match=r"lacks rng_state.pth.*checkpoint-2"):
+        to_resume(str(bad), auto=False, output_dir=tmp_path)
+    assert to_resume(str(good), auto=False, output_dir=tmp_path) == good
+
+
+def test_another_number_of_processes_is_not_an_exact_resume(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, 2, processes=2)
+    assert to_resume(str(path), auto=False, output_dir=tmp_path, num_processes=2) == path
+    with pytest.raises(ConfigError, match=r"1 process\(es\)"):
+        to_resume(str(path), auto=False, output_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError(
+            "[enforce fail at inline_container.cc:659] PytorchStreamWriter failed writing file data/0"
+        ),
+    ],
+)
+def test_a_full_disk_is_explained(tmp_path: Path, error: Exception) -> None:
+    good = write_checkpoint(tmp_path, 2)
+    with (
+        pytest.raises(TrainingError, match=r"is full.*save_total_limit") as caught,
+        full_disk_explained(tmp_path),
+    ):
+        raise error
+    assert str(good) in str(caught.value)
+    assert caught.value.__cause__ is error
+
+
+def test_any_other_error_passes_unchanged(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"^shape mismatch$"), full_disk_explained(tmp_path):
+        raise RuntimeError("shape mismatch")

@@ -1,0 +1,58 @@
+"""Which rows a process sees: the same as one process alone, at the same step, none twice."""
+
+import pytest
+from torch.utils.data import IterableDataset
+
+from fiducial.training.dataloader import Process, StepSampler, step_dataloader
+from tiny import random_groups
+from training_harness import Rows
+
+
+def steps(
+    num_rows: int, groups: int, process: Process, *, seed: int | None = 0, epoch: int = 0
+) -> list[list[int]]:
+    sampler = StepSampler(num_rows, groups, process, shuffle_seed=seed)
+    sampler.set_epoch(epoch)
+    assert len(list(sampler)) == len(sampler)
+    return list(sampler)
+
+
+@pytest.mark.parametrize("num_rows", [1, 7, 12, 13, 24])
+@pytest.mark.parametrize("processes", [2, 3])
+def test_many_processes_share_what_one_would_see(num_rows: int, processes: int) -> None:
+    alone = steps(num_rows, 2 * processes, Process())
+    together = [steps(num_rows, 2, Process(rank, processes)) for rank in range(processes)]
+    for step, rows in enumerate(alone):
+        assert sorted(rows) == sorted(row for share in together for row in share[step])
+    assert sorted(row for rows in alone for row in rows) == list(range(num_rows))
+
+
+def test_a_process_may_be_left_with_nothing() -> None:
+    assert steps(5, 2, Process(1, 2), seed=None) == [[1, 3], []]
+
+
+def test_order_depends_on_seed_and_epoch_alone() -> None:
+    assert steps(20, 4, Process(), seed=3, epoch=1) == steps(20, 4, Process(), seed=3, epoch=1)
+    orders = [steps(20, 4, Process(), seed=seed, epoch=epoch) for seed in (0, 1) for epoch in (0, 1)]
+    assert all(first != second for index, first in enumerate(orders) for second in orders[:index])
+
+
+def test_without_a_seed_the_data_keeps_its_order() -> None:
+    assert steps(5, 2, Process(), seed=None, epoch=3) == [[0, 1], [2, 3], [4]]
+
+
+class Stream(IterableDataset):
+    def __init__(self, groups):
+        self.groups = groups
+
+    def __iter__(self):
+        return iter(self.groups)
+
+
+def test_streamed_rows_are_shared_like_stored_ones() -> None:
+    groups = random_groups(7)
+    for rank in range(2):
+        process = Process(rank, 2)
+        stored = list(step_dataloader(Rows(groups), 2, process, shuffle_seed=None))
+        streamed = list(step_dataloader(Stream(groups), 2, process, shuffle_seed=None))
+        assert streamed == stored

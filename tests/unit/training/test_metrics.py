@@ -1,0 +1,85 @@
+"""Metrics: exact means, however the pairs were grouped."""
+
+import time
+
+import pytest
+import torch
+
+from fiducial.logps import SequenceLogps
+from fiducial.losses.output import LossOutput
+from fiducial.training.metrics import METRICS, MetricSums, Stopwatch, peak_memory
+
+CPU = torch.device("cpu")
+
+
+def one_batch(policy_sums: list[float], reference_sums: list[float] | None, *, beta: float = 0.5):
+    tokens = torch.arange(1, len(policy_sums) + 1)
+    policy = SequenceLogps(torch.tensor(policy_sums), tokens)
+    reference = None if reference_sums is None else SequenceLogps(torch.tensor(reference_sums), tokens)
+    ratios = policy.sum - (reference.sum if reference is not None else 0)
+    return policy, reference, LossOutput(ratios[0::2] ** 2, beta * ratios[0::2], beta * ratios[1::2])
+
+
+def test_every_metric_by_hand() -> None:
+    sums = MetricSums(CPU)
+    sums.add(*one_batch([-1.0, -4.0], [-2.0, -2.0]), tokens=9)
+    sums.add(*one_batch([-3.0, -3.0, -6.0, -1.0], [-3.0, -3.0, -3.0, -2.0]), tokens=20)
+    means = sums.means()
+    # chosen log-ratios 1, 0, -3; rejected -2, 0, 1; the second pair is a tie
+    assert means == pytest.approx(
+        {
+            "loss": (1 + 0 + 9) / 3,
+            "rewards/chosen": 0.5 * (1 + 0 - 3) / 3,
+            "rewards/rejected": 0.5 * (-2 + 0 + 1) / 3,
+            "rewards/margins": 0.5 * (3 + 0 - 4) / 3,
+            "rewards/accuracies": (1 + 0.5 + 0) / 3,
+            "logps/chosen": (-1 - 3 - 6) / 3,
+            "logps/rejected": (-4 - 3 - 1) / 3,
+            "kl": (1 - 2 + 0 + 0 - 3 + 1) / 6,
+            "lengths/chosen": (1 + 1 + 3) / 3,
+            "lengths/rejected": (2 + 2 + 4) / 3,
+        }
+    )
+    assert tuple(means) == METRICS
+    assert (sums.num_pairs, sums.num_tokens) == (3, 29)
+
+
+def test_mean_of_micro_batch_means_would_differ() -> None:
+    parts = [
+        one_batch([-1.0, -4.0], [-2.0, -2.0]),
+        one_batch([-3.0, -3.0, -6.0, -1.0], [-3.0, -3.0, -3.0, -2.0]),
+    ]
+    whole, means = MetricSums(CPU), []
+    for part in parts:
+        sums = MetricSums(CPU)
+        sums.add(*part, tokens=0)
+        means.append(sums.means()["loss"])
+        whole.merge(sums)
+    assert whole.means()["loss"] != pytest.approx(sum(means) / 2)
+
+
+def test_no_kl_without_a_reference() -> None:
+    sums = MetricSums(CPU)
+    sums.add(*one_batch([-1.0, -2.0], None), tokens=3)
+    assert set(sums.means()) == set(METRICS) - {"kl"}
+
+
+def test_nothing_counted_gives_no_metrics() -> None:
+    sums = MetricSums(CPU)
+    sums.add(*one_batch([], []), tokens=0)
+    assert sums.means() == {}
+
+
+def test_stopwatch_leaves_pauses_out() -> None:
+    watch = Stopwatch()
+    with watch.paused():
+        time.sleep(0.05)
+    assert watch.restart() < 0.04
+    assert watch.restart(already=5.0) < 0.04
+    assert 5.0 <= watch.elapsed < 5.04
+
+
+def test_peak_memory_counts_what_was_held_once() -> None:
+    before = peak_memory(CPU)
+    torch.ones(50_000_000 // 4).sum()
+    assert peak_memory(CPU) >= before > 10_000_000
