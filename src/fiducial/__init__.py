@@ -17,7 +17,6 @@ _HOME = {
     "ModelLoader": "fiducial.model.loader",
     "plan_reference": "fiducial.reference.plan",
     "setup_reference_model": "fiducial.train",
-    "train": "fiducial.train",
 }
 
 __all__ = ["__version__", *_HOME]

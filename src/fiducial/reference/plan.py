@@ -1,48 +1,165 @@
-"""Which policy is the reference, and when it is scored: decided once, purely, before weights are touched."""
+"""Which policy is the reference, and when it is scored: decided once, purely, before weights are touched.
 
-from dataclasses import dataclass
-from enum import StrEnum
+`plan_reference` answers with the cheapest source that *equals* the reference the loss asks for. `_cheapest`
+is the decision; `_objection` says why a source would not be that reference, and judges the user's choice and
+our own alike. Nothing here imports torch.
+"""
 
+from fiducial.config.schema import RunConfig
+from fiducial.errors import PlanError
+from fiducial.reference import reasons
+from fiducial.reference.facts import Facts
+from fiducial.reference.kinds import VALID, Checkpoint, ReferencePlan, Schedule, Source
+from fiducial.reference.start import (
+    adapter_starts_at_identity,
+    frozen_copy_is_start,
+    names_another_policy,
+    no_reference_reason,
+    resumes_adapter,
+    streams,
+    trains_outside_adapter,
+    why_adapter_off_differs,
+    why_checkpoint_differs,
+    why_frozen_copy_differs,
+)
 
-class Source(StrEnum):
-    """Which policy is the reference."""
-
-    NONE = "none"
-    """The loss needs none."""
-    ADAPTER_OFF = "adapter_off"
-    """The policy with its adapter switched off, where that is the starting policy."""
-    FROZEN_ADAPTER = "frozen_adapter"
-    """The base with a frozen copy of the adapter the run starts from."""
-    SEPARATE_MODEL = "separate_model"
-    """A second model."""
-    INITIAL_POLICY = "initial_policy"
-    """The policy's own weights before step 1; only precomputed."""
-
-
-class Schedule(StrEnum):
-    """When the reference's log-probs are computed."""
-
-    LIVE = "live"
-    """Beside the policy, at every step."""
-    PRECOMPUTED = "precomputed"
-    """Once before training, then read."""
-
-
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """Where the reference's weights come from."""
-
-    path: str
-    revision: str | None = None
+__all__ = [
+    "VALID",
+    "Checkpoint",
+    "ReferencePlan",
+    "Schedule",
+    "Source",
+    "plan_live_reference",
+    "plan_reference",
+]
 
 
-@dataclass(frozen=True, slots=True)
-class ReferencePlan:
-    """The decision everything later obeys."""
+def plan_reference(cfg: RunConfig, facts: Facts) -> ReferencePlan:
+    """The cheapest source and schedule that equal the reference the loss asks for, and why.
 
-    source: Source
-    schedule: Schedule | None
-    """None where there is no reference."""
-    checkpoint: Checkpoint | None
-    why: str
-    notes: tuple[str, ...] = ()
+    Raises:
+        PlanError: a choice of the user's would not be that reference, or could have no effect.
+    """
+    _refuse_other_adapters(facts)
+    if reason := no_reference_reason(cfg):
+        return _no_reference(cfg, reason)
+    return _plan(cfg, facts, _schedule(cfg))
+
+
+def plan_live_reference(cfg: RunConfig, facts: Facts) -> ReferencePlan:
+    """The plan for a trainer that scores its reference live unless the config itself says otherwise.
+
+    Fiducial's own trainer scores ahead of time by default; another one must be handed a live reference. So
+    `schedule: auto` means live here, and an explicit schedule (or `initial_policy`) stands.
+    """
+    _refuse_other_adapters(facts)
+    if reason := no_reference_reason(cfg):
+        return _no_reference(cfg, reason)
+    chosen = cfg.reference.schedule != "auto" or cfg.reference.source == "initial_policy"
+    return _plan(cfg, facts, _schedule(cfg) if chosen else Schedule.LIVE)
+
+
+def _cheapest(cfg: RunConfig, facts: Facts, schedule: Schedule) -> Source:
+    """The cheapest source that is the reference asked for: the table of docs/reference.md, from the top."""
+    precomputed = schedule is Schedule.PRECOMPUTED
+    if names_another_policy(cfg) or (cfg.adapter is None and not precomputed):
+        return Source.SEPARATE_MODEL
+    if cfg.adapter is None:
+        return Source.INITIAL_POLICY
+    if resumes_adapter(cfg) and frozen_copy_is_start(cfg, facts):
+        return Source.FROZEN_ADAPTER
+    if adapter_starts_at_identity(cfg) and not trains_outside_adapter(cfg, facts):
+        return Source.ADAPTER_OFF
+    if precomputed:
+        return Source.INITIAL_POLICY
+    return Source.FROZEN_ADAPTER if frozen_copy_is_start(cfg, facts) else Source.SEPARATE_MODEL
+
+
+def _schedule(cfg: RunConfig) -> Schedule:
+    asked = cfg.reference
+    if asked.schedule != "auto":
+        return Schedule(asked.schedule)
+    # Whoever asks for a second copy of the starting checkpoint wants it beside the policy.
+    second_copy = asked.source == "separate_model" and not names_another_policy(cfg)
+    return Schedule.LIVE if streams(cfg) or second_copy else Schedule.PRECOMPUTED
+
+
+def _plan(cfg: RunConfig, facts: Facts, schedule: Schedule) -> ReferencePlan:
+    automatic = _cheapest(cfg, facts, schedule)
+    source = automatic if cfg.reference.source == "auto" else Source(cfg.reference.source)
+    if objection := _objection(source, schedule, cfg, facts):
+        works = automatic is not source and _objection(automatic, schedule, cfg, facts) is None
+        remedy = reasons.remedy(cfg, schedule, automatic if works else None)
+        raise PlanError(reasons.refusal(cfg, source, schedule, objection, remedy))
+    _refuse_details_of_no_model(cfg, source)
+    return ReferencePlan(
+        source,
+        schedule,
+        _checkpoint(cfg),
+        reasons.why(cfg, facts, source, schedule),
+        reasons.notes(cfg, facts, source),
+        equals_starting_policy=not names_another_policy(cfg),
+    )
+
+
+def _objection(source: Source, schedule: Schedule, cfg: RunConfig, facts: Facts) -> str | None:
+    """Why `source` on `schedule` is not the reference the loss asks for; None if it is."""
+    if schedule is Schedule.PRECOMPUTED and streams(cfg):
+        return "streaming data cannot be scored ahead of time, so nothing can be precomputed"
+    if source is Source.NONE:
+        return "this loss compares the policy with a reference"
+    if source is not Source.SEPARATE_MODEL and names_another_policy(cfg):
+        return f"the reference is another checkpoint ({_checkpoint(cfg).path}), a model of its own"
+    differs = {
+        Source.ADAPTER_OFF: why_adapter_off_differs(cfg, facts),
+        Source.FROZEN_ADAPTER: why_frozen_copy_differs(cfg, facts),
+        Source.SEPARATE_MODEL: None if names_another_policy(cfg) else why_checkpoint_differs(cfg, facts),
+        Source.INITIAL_POLICY: None
+        if schedule is Schedule.PRECOMPUTED
+        else "the initial policy exists only before step 1 and cannot be scored beside the policy",
+    }
+    return differs[source]
+
+
+def _checkpoint(cfg: RunConfig) -> Checkpoint:
+    if names_another_policy(cfg):
+        assert cfg.reference.model is not None
+        return Checkpoint(cfg.reference.model, cfg.reference.revision)
+    return Checkpoint(cfg.model.base_model, cfg.model.revision, cfg.adapter.path if cfg.adapter else None)
+
+
+def _no_reference(cfg: RunConfig, reason: str) -> ReferencePlan:
+    asked = cfg.reference.model_dump(exclude_defaults=True)
+    idle = {key: value for key, value in asked.items() if (key, value) != ("source", "none")}
+    if idle:
+        settings = ", ".join(f"reference.{key}: {value}" for key, value in idle.items())
+        raise PlanError(
+            f"{settings} cannot have an effect. {reason} Remove it, or set `rl` to a method that compares "
+            "with a reference (dpo, ipo, kto)."
+        )
+    return ReferencePlan(Source.NONE, None, None, reason)
+
+
+def _refuse_details_of_no_model(cfg: RunConfig, source: Source) -> None:
+    """Settings that describe a second model would be ignored without one."""
+    if cfg.reference.revision is not None and cfg.reference.model is None:
+        raise PlanError(
+            f"reference.revision: {cfg.reference.revision} cannot have an effect without reference.model. "
+            f"Write reference.model: {cfg.model.base_model} beside it, or remove it."
+        )
+    for key, value in {"dtype": cfg.reference.dtype, "device": cfg.reference.device}.items():
+        if value is not None and source is not Source.SEPARATE_MODEL:
+            raise PlanError(
+                f"reference.{key}: {value} cannot have an effect: the reference is {source}, which shares "
+                "the policy's weights. Remove it, or write reference.source: separate_model."
+            )
+
+
+def _refuse_other_adapters(facts: Facts) -> None:
+    if facts.adapter is not None and facts.adapter.peft_type != "LORA":
+        raise PlanError(
+            f"lora_model_dir: {facts.adapter.location} holds a {facts.adapter.peft_type} adapter, and "
+            "`adapter: lora` can go on only with LoRA. Prompt and prefix tuning shift the positions that are "
+            "scored, so the policy and its reference would not be comparable. Merge it into the base model "
+            "first, or give a LoRA adapter."
+        )

@@ -1,0 +1,149 @@
+"""What a plan must know of an adapter the run resumes, and whether it belongs to this base model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fiducial.errors import ModelError
+from fiducial.reference.checkpoint import TensorFact, open_checkpoint, read_sharded_tensor_facts
+
+_KEY = "lora_model_dir"
+_PREFIX = "base_model.model."
+_HEADS = ("lm_head", "embed_out")
+_FACTORS = ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B"))
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFacts:
+    """An adapter on disk, as adapter_config.json and the weights' header describe it."""
+
+    location: str
+    peft_type: str
+    r: int | None = None
+    init_lora_weights: bool | str | None = True
+    bias: str = "none"
+    use_dora: bool = False
+    use_rslora: bool = False
+    modules_to_save: tuple[str, ...] = ()
+    target_parameters: tuple[str, ...] = ()
+    base_model: str | None = None
+    """The base it was trained on, as its config names it."""
+    tensors: Mapping[str, TensorFact] | None = None
+    """None where the weights cannot be seen: on the hub and not cached, or pickled."""
+
+    @property
+    def num_parameters(self) -> int | None:
+        """Elements of all its tensors, if they can be seen."""
+        return None if self.tensors is None else sum(tensor.size for tensor in self.tensors.values())
+
+
+def read_adapter_facts(location: str, *, allow_pickle: bool) -> AdapterFacts:
+    """Read the adapter that `lora_model_dir` names.
+
+    Raises:
+        ModelError: there is no adapter, it is damaged, or its weights are pickled and that is not allowed.
+    """
+    files = open_checkpoint(location, None, key=_KEY)
+    config = files.read_json("adapter_config.json")
+    if config is None:
+        raise ModelError(
+            f"{_KEY}: {location} has no adapter_config.json, so it is no PEFT adapter. Give the folder that "
+            "save_pretrained of a PEFT model wrote."
+        )
+    tensors = read_sharded_tensor_facts(files, "adapter_model")
+    if tensors is None and files.folder is not None:
+        _check_pickled(location, exists=files.find("adapter_model.bin") is not None, allowed=allow_pickle)
+    return AdapterFacts(
+        location=location,
+        peft_type=str(config.get("peft_type", "unknown")),
+        r=config.get("r"),
+        init_lora_weights=config.get("init_lora_weights", True),
+        bias=config.get("bias") or "none",
+        use_dora=bool(config.get("use_dora")),
+        use_rslora=bool(config.get("use_rslora")),
+        modules_to_save=_names(config, "modules_to_save"),
+        target_parameters=_names(config, "target_parameters"),
+        base_model=config.get("base_model_name_or_path") or None,
+        tensors=tensors,
+    )
+
+
+def check_adapter_fits(
+    adapter: AdapterFacts, base: str, base_tensors: Mapping[str, TensorFact] | None, *, tied: bool
+) -> str | None:
+    """Compare the adapter with the base it is to be put on; answers with a note where only the name differs.
+
+    Args:
+        adapter: The adapter to resume.
+        base: Where the run's base model is.
+        base_tensors: The base's tensors as stored; None where they cannot be seen.
+        tied: Whether the base's head is its embedding, and so is not stored.
+
+    Raises:
+        ModelError: the adapter was trained on another base.
+    """
+    same_name = adapter.base_model is None or _same_place(adapter.base_model, base)
+    misfit = None
+    if adapter.tensors is not None and base_tensors is not None:
+        misfit = _misfit(adapter.tensors, base_tensors, tied=tied)
+    if misfit:
+        trained_on = f" It was trained on {adapter.base_model}." if adapter.base_model else ""
+        raise ModelError(
+            f"{_KEY}: {adapter.location} does not fit base_model {base}: {misfit}.{trained_on} Set "
+            "base_model to the model the adapter was trained on."
+        )
+    if same_name:
+        return None
+    compared = adapter.tensors is not None and base_tensors is not None
+    advice = (
+        "Its shapes fit; make sure that the weights are the same."
+        if compared
+        else "Whether its shapes fit is known when they are loaded."
+    )
+    return f"{_KEY}: the adapter was trained on {adapter.base_model}, and base_model is {base}. {advice}"
+
+
+def _misfit(tensors: Mapping[str, TensorFact], base: Mapping[str, TensorFact], *, tied: bool) -> str | None:
+    """The first module whose low-rank factors do not multiply to the base weight's shape."""
+    modules = {
+        name.removeprefix(_PREFIX).removesuffix(first): (fact, tensors.get(name.replace(first, second)))
+        for first, second in _FACTORS
+        for name, fact in tensors.items()
+        if name.endswith(first)
+    }
+    for module, (down, up) in modules.items():
+        weight = base.get(f"{module}.weight")
+        if weight is None:
+            if tied and module.endswith(_HEADS):
+                continue
+            return f"the base has no {module}"
+        if up is None:
+            return f"{module} has only one of its two factors"
+        if sorted((down.shape[-1], up.shape[0])) != sorted(weight.shape):
+            product = f"{up.shape[0]} x {down.shape[-1]}"
+            return f"{module} is {product} in the adapter and {_times(weight)} in the base"
+    return None
+
+
+def _times(tensor: TensorFact) -> str:
+    return " x ".join(str(size) for size in tensor.shape)
+
+
+def _same_place(first: str, second: str) -> bool:
+    return first.rstrip("/") == second.rstrip("/") or Path(first).resolve() == Path(second).resolve()
+
+
+def _names(config: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    value = config.get(key) or ()
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _check_pickled(location: str, *, exists: bool, allowed: bool) -> None:
+    if not exists:
+        raise ModelError(f"{_KEY}: {location} has no adapter_model.safetensors: the adapter has no weights.")
+    if not allowed:
+        raise ModelError(
+            f"{_KEY}: {location} holds its weights as pickle (adapter_model.bin), which can run code when "
+            "opened. Save it as safetensors, or set allow_pickle_weights: true if you trust its author."
+        )

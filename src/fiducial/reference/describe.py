@@ -1,0 +1,238 @@
+"""What a run would do and why, as data and as a page of text. Loads no weights and imports no torch."""
+
+import math
+import os
+from typing import Any
+
+import psutil
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from fiducial.config.schema import DatasetConfig, RunConfig
+from fiducial.reference.facts import Facts, ModelFacts, gather_facts
+from fiducial.reference.kinds import ReferencePlan
+from fiducial.reference.memory import (
+    LARGEST_BUDGET,
+    MemoryEstimate,
+    auto_token_budget,
+    estimate_memory,
+    longest_group,
+)
+from fiducial.reference.plan import plan_reference
+from fiducial.reference.precision import sees_gpu
+from fiducial.reference.row_counts import DataCounts, count_data
+
+Report = dict[str, Any]
+
+
+def plan_run(cfg: RunConfig) -> Report:
+    """Everything `fiducial plan` says of a run.
+
+    Raises:
+        ModelError: a checkpoint cannot be used.
+        PlanError: the reference that was asked for would not be the one the loss needs.
+    """
+    facts = gather_facts(cfg)
+    plan = plan_reference(cfg, facts)
+    memory = estimate_memory(cfg, facts, plan, _token_budget(cfg, facts, plan))
+    return plan_report(cfg, facts, plan, memory, count_data(cfg))
+
+
+def plan_report(
+    cfg: RunConfig, facts: Facts, plan: ReferencePlan, memory: MemoryEstimate, data_counts: DataCounts
+) -> Report:
+    """The plan as plain values, ready for JSON."""
+    return {
+        "reference": _reference(plan),
+        "model": _model(facts.model, cfg),
+        "method": _method(cfg),
+        "memory": _memory(cfg, memory),
+        "data": _data(cfg, data_counts),
+        "batch": _batch(cfg, data_counts),
+    }
+
+
+def render_plan(report: Report, console: Console) -> None:
+    """Print the report, readable from 80 columns on."""
+    console.print(_reference_panel(report["reference"], report["memory"]["held"]))
+    console.print(_facts_table(report))
+    console.print(_memory_table(report["memory"]))
+
+
+def _token_budget(cfg: RunConfig, facts: Facts, plan: ReferencePlan) -> int:
+    """The run's token budget; for `auto` what this machine's free memory allows, or the most on a GPU."""
+    if cfg.optimization.micro_batch_tokens != "auto":
+        return cfg.optimization.micro_batch_tokens
+    if sees_gpu():
+        return max(LARGEST_BUDGET, longest_group(cfg))
+    fixed = estimate_memory(cfg, facts, plan, 0).at("training")
+    return auto_token_budget(max(psutil.virtual_memory().available - fixed, 0), facts, cfg)
+
+
+def _reference(plan: ReferencePlan) -> Report:
+    checkpoint = plan.checkpoint
+    return {
+        "source": str(plan.source),
+        "schedule": str(plan.schedule) if plan.schedule else None,
+        "checkpoint": checkpoint
+        and {"path": checkpoint.path, "revision": checkpoint.revision, "adapter": checkpoint.adapter},
+        "equals_starting_policy": plan.equals_starting_policy,
+        "why": plan.why,
+        "notes": list(plan.notes),
+    }
+
+
+def _model(model: ModelFacts, cfg: RunConfig) -> Report:
+    return {
+        "path": model.location,
+        "revision": cfg.model.revision,
+        "architecture": model.architecture,
+        "parameters": model.num_parameters,
+        "parameters_are_exact": model.shapes_are_exact,
+        "stored_dtype": model.dtype,
+        "adapter": cfg.adapter and (cfg.adapter.path or f"new, rank {cfg.adapter.r}"),
+    }
+
+
+def _method(cfg: RunConfig) -> Report | None:
+    if cfg.method is None:
+        return None
+    settings = cfg.method.model_dump(exclude={"name"})
+    return {"name": cfg.method.name, "paper": cfg.method.paper, "hyperparameters": settings}
+
+
+def _memory(cfg: RunConfig, memory: MemoryEstimate) -> Report:
+    return {
+        "token_budget": memory.token_budget,
+        "token_budget_is_auto": cfg.optimization.micro_batch_tokens == "auto",
+        "parts": [
+            {"name": part.name, "bytes": part.bytes, "when": part.when, "on_cpu": part.on_cpu}
+            for part in memory.parts
+        ],
+        "scoring_bytes": memory.at("scoring"),
+        "training_bytes": memory.at("training"),
+        "peak_bytes": memory.peak,
+        "held": list(memory.held),
+    }
+
+
+def _data(cfg: RunConfig, counts: DataCounts) -> Report | None:
+    if cfg.data is None:
+        return None
+
+    def entries(configs: tuple[DatasetConfig, ...], rows: tuple[int | None, ...]) -> list[Report]:
+        return [
+            {"path": config.path, "type": config.type, "split": config.split, "rows": number}
+            for config, number in zip(configs, rows, strict=True)
+        ]
+
+    return {
+        "datasets": entries(cfg.data.datasets, counts.datasets),
+        "test_datasets": entries(cfg.data.test_datasets, counts.test_datasets),
+        "rows": counts.training,
+        "held_out": _held_out(cfg, counts),
+        "sequence_len": cfg.data.sequence_len,
+        "streaming": cfg.data.streaming,
+    }
+
+
+def _held_out(cfg: RunConfig, counts: DataCounts) -> int | None:
+    """Rows set aside by `val_set_size`, before odd rows are dropped."""
+    if cfg.data is None or counts.training is None:
+        return None
+    size = cfg.data.val_set_size
+    return round(size * counts.training) if size < 1 else int(size)
+
+
+def _batch(cfg: RunConfig, counts: DataCounts) -> Report:
+    settings = cfg.optimization
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    groups = settings.groups_per_step * processes
+    rows, held_out = counts.training, _held_out(cfg, counts)
+    per_epoch = None if rows is None or held_out is None else math.ceil((rows - held_out) / groups)
+    epochs = None if per_epoch is None else math.ceil(per_epoch * settings.num_epochs)
+    return {
+        "groups_per_step": groups,
+        "processes": processes,
+        "steps_per_epoch": per_epoch,
+        "epochs": settings.num_epochs,
+        "steps": settings.max_steps or epochs,
+    }
+
+
+def _reference_panel(reference: Report, held: list[str]) -> Panel:
+    lines: list[RenderableType] = [Text(reference["why"]), Text("")]
+    lines += [Text(f"{line[0].upper()}{line[1:]}.") for line in held]
+    lines += [Text(f"Note: {note}", style="yellow") for note in reference["notes"]]
+    title = Text.assemble("Reference: ", (reference["source"], "bold green"))
+    if reference["schedule"]:
+        title.append(f", {reference['schedule']}")
+    return Panel(Group(*lines), title=title, title_align="left", box=box.ROUNDED, padding=(0, 1))
+
+
+def _facts_table(report: Report) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    model, method, batch = report["model"], report["method"], report["batch"]
+    about = "" if model["parameters_are_exact"] else "about "
+    kind = f"{model['architecture'] or 'unknown architecture'}, {about}{model['parameters']:,} parameters"
+    table.add_row("Model", Text(f"{model['path']} ({kind})"))
+    if model["adapter"]:
+        table.add_row("Adapter", Text(str(model["adapter"])))
+    if method:
+        settings = ", ".join(f"{key} {value}" for key, value in method["hyperparameters"].items())
+        table.add_row("Method", Text(f"{method['name']} ({settings})"))
+    for dataset in (report["data"] or {}).get("datasets", []):
+        table.add_row("Data", Text(_dataset_line(dataset)))
+    for dataset in (report["data"] or {}).get("test_datasets", []):
+        table.add_row("Evaluation", Text(_dataset_line(dataset)))
+    if report["data"] and report["data"]["held_out"]:
+        table.add_row("Held out", Text(f"{report['data']['held_out']:,} rows"))
+    table.add_row("Batch", Text(_batch_line(batch)))
+    return table
+
+
+def _dataset_line(dataset: Report) -> str:
+    rows = "counted when loaded" if dataset["rows"] is None else f"{dataset['rows']:,} rows"
+    split = f", {dataset['split']}" if dataset["split"] else ""
+    return f"{dataset['path']}{split}: {rows}"
+
+
+def _batch_line(batch: Report) -> str:
+    spread = f" on {batch['processes']} processes" if batch["processes"] > 1 else ""
+    groups = batch["groups_per_step"]
+    unit = "group" if groups == 1 else "groups"
+    line = f"{groups} {unit} (a prompt with its completions) per optimizer step{spread}"
+    if batch["steps_per_epoch"] is not None:
+        line += f", about {batch['steps_per_epoch']:,} steps per epoch"
+    if batch["steps"] is not None:
+        line += f", {batch['steps']:,} steps in all"
+    return line
+
+
+def _memory_table(memory: Report) -> Table:
+    auto = " (auto)" if memory["token_budget_is_auto"] else ""
+    table = Table(
+        title=Text(f"Estimated memory with {memory['token_budget']:,} tokens a pass{auto}", style="bold"),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_footer=True,
+    )
+    table.add_column("", footer="peak")
+    table.add_column("held", footer="")
+    table.add_column("bytes", footer=_size(memory["peak_bytes"]), justify="right")
+    for part in memory["parts"]:
+        when = f"{part['when']}, on the CPU" if part["on_cpu"] else part["when"]
+        table.add_row(Text(part["name"]), when, _size(part["bytes"]))
+    return table
+
+
+def _size(number: int) -> str:
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return f"{number} B"

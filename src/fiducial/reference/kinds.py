@@ -1,0 +1,70 @@
+"""The words a reference plan is written in: sources, schedules, and which go together."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from types import MappingProxyType
+
+
+class Source(StrEnum):
+    """Which policy is the reference."""
+
+    NONE = "none"
+    """The loss needs none."""
+    ADAPTER_OFF = "adapter_off"
+    """The policy with its adapter switched off, where that is the starting policy."""
+    FROZEN_ADAPTER = "frozen_adapter"
+    """The base with a frozen copy of the adapter the run starts from."""
+    SEPARATE_MODEL = "separate_model"
+    """A second model."""
+    INITIAL_POLICY = "initial_policy"
+    """The policy's own weights before step 1; only precomputed."""
+
+
+class Schedule(StrEnum):
+    """When the reference's log-probs are computed."""
+
+    LIVE = "live"
+    """Beside the policy, at every step."""
+    PRECOMPUTED = "precomputed"
+    """Once before training, then read. Any source but `separate_model` is then the policy itself before
+    step 1, and no copy is kept."""
+
+
+VALID: Mapping[Source, frozenset[Schedule | None]] = MappingProxyType(
+    {
+        Source.NONE: frozenset({None}),
+        Source.ADAPTER_OFF: frozenset({Schedule.LIVE, Schedule.PRECOMPUTED}),
+        Source.FROZEN_ADAPTER: frozenset({Schedule.LIVE, Schedule.PRECOMPUTED}),
+        Source.SEPARATE_MODEL: frozenset({Schedule.LIVE, Schedule.PRECOMPUTED}),
+        Source.INITIAL_POLICY: frozenset({Schedule.PRECOMPUTED}),
+    }
+)
+"""Which schedules make sense for each source."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Where the reference's weights come from."""
+
+    path: str
+    revision: str | None = None
+    adapter: str | None = None
+    """An adapter that belongs to the reference: the one the run resumes."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReferencePlan:
+    """The decision everything later obeys."""
+
+    source: Source
+    schedule: Schedule | None
+    """None where there is no reference."""
+    checkpoint: Checkpoint | None
+    why: str
+    notes: tuple[str, ...] = ()
+    equals_starting_policy: bool = True
+    """False only where another checkpoint was named: then the rewards at step 0 need not be zero."""
+
+    def __post_init__(self) -> None:
+        assert self.schedule in VALID[self.source], (self.source, self.schedule)

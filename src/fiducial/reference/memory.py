@@ -1,0 +1,200 @@
+"""How much memory a run needs, and how many tokens one pass may hold, estimated before anything is loaded.
+
+Weights, gradients and optimizer state follow from parameter counts; activations from `activations.py`. Two
+moments are compared: scoring the reference ahead of time (its weights, no gradients) and training. Figures
+are per process and without what the allocator wastes.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fiducial.config.schema import RunConfig
+from fiducial.reference.activations import scoring_pass, training_pass
+from fiducial.reference.facts import Facts
+from fiducial.reference.kinds import ReferencePlan, Schedule, Source
+from fiducial.reference.precision import BYTES, HeldPrecision, held_precision
+from fiducial.reference.trained import count_trained
+
+When = Literal["throughout", "training", "scoring"]
+
+LARGEST_BUDGET = 16_384
+"""Tokens of one pass beyond which matrix products are no faster."""
+_SPARE = 0.8
+"""Share of free memory the token budget may fill; the rest is for what the formula does not see."""
+
+_STATE_BYTES: tuple[tuple[str, float], ...] = (
+    ("galore", 2.0),
+    ("apollo", 2.0),
+    ("adafactor", 0.0),
+    ("lomo", 0.0),
+    ("schedule_free_sgd", 4.0),
+    ("sgd", 0.0),
+    ("ademamix_8bit", 3.0),
+    ("ademamix", 12.0),
+    ("lion_8bit", 1.0),
+    ("lion", 4.0),
+    ("rmsprop_bnb_8bit", 1.0),
+    ("rmsprop", 4.0),
+    ("adagrad", 4.0),
+    ("4bit", 1.0),
+    ("8bit", 2.0),
+)
+"""Bytes of optimizer state a trained weight, by the first part of its name that matches; AdamW's are 8."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPart:
+    """One thing that takes memory."""
+
+    name: str
+    bytes: int
+    when: When
+    on_cpu: bool = False
+    """Held in the CPU's memory although the run is on another device."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """What a process needs, part by part."""
+
+    parts: tuple[MemoryPart, ...]
+    token_budget: int
+    held: tuple[str, ...]
+    """Which weights are held how often, a line each."""
+
+    def at(self, moment: When) -> int:
+        """Bytes needed at once while scoring or training, on the run's own device."""
+        now = {"throughout", moment}
+        return sum(part.bytes for part in self.parts if part.when in now and not part.on_cpu)
+
+    @property
+    def peak(self) -> int:
+        """The larger of the two moments."""
+        return max(self.at("scoring"), self.at("training"))
+
+
+def estimate_memory(
+    cfg: RunConfig, facts: Facts, plan: ReferencePlan, token_budget: int, *, gpu: bool | None = None
+) -> MemoryEstimate:
+    """Bytes of every part of a run whose passes hold `token_budget` tokens.
+
+    Args:
+        cfg: The run.
+        facts: What is known of its checkpoints.
+        plan: The reference it was decided to use.
+        token_budget: Most tokens of one pass.
+        gpu: Whether the run is on a GPU; None looks for one.
+    """
+    precision = held_precision(cfg, gpu=gpu)
+    trained = count_trained(cfg, facts)
+    trained_bytes = precision.adapter if cfg.adapter else BYTES[precision.weights]
+    base = _model_bytes(cfg, facts.model.num_parameters, precision.weights)
+    adapter = trained.adapter * precision.adapter
+    copies = facts.model.num_parameters * precision.products if precision.casts else 0
+    # A pass holds no more than one optimizer step has.
+    tokens = min(token_budget, cfg.optimization.groups_per_step * longest_group(cfg))
+    parts = [
+        MemoryPart("policy weights", base, "throughout"),
+        MemoryPart("adapter weights", adapter, "throughout"),
+        MemoryPart("autocast copies of weights", copies, "training"),
+        MemoryPart("gradients", trained.total * trained_bytes, "training"),
+        MemoryPart(
+            f"optimizer state ({cfg.optimization.optimizer})",
+            int(trained.total * _state_bytes(cfg.optimization.optimizer, trained_bytes)),
+            "training",
+        ),
+        *_reference_parts(cfg, facts, plan, precision, adapter),
+        MemoryPart(
+            "activations of a training pass", training_pass(cfg, facts, precision).of(tokens), "training"
+        ),
+    ]
+    if plan.schedule is Schedule.PRECOMPUTED:
+        scoring = scoring_pass(facts, precision).of(token_budget)
+        parts.append(MemoryPart("activations of a scoring pass", scoring, "scoring"))
+    held = (_policy_line(cfg, facts, precision), _reference_line(cfg, facts, plan, precision))
+    return MemoryEstimate(tuple(part for part in parts if part.bytes), token_budget, held)
+
+
+def auto_token_budget(available_bytes: int, facts: Facts, cfg: RunConfig, *, gpu: bool | None = None) -> int:
+    """Tokens one training pass may hold, for `micro_batch_tokens: auto`.
+
+    At least one group of the longest allowed kind (a group is never cut), at most what still makes passes
+    faster.
+
+    Args:
+        available_bytes: What is free for activations once weights, gradients and optimizer state are held.
+        facts: What is known of the checkpoint.
+        cfg: The run.
+        gpu: Whether the run is on a GPU; None looks for one.
+    """
+    needed = training_pass(cfg, facts, held_precision(cfg, gpu=gpu))
+    fits = int(available_bytes * _SPARE - needed.fixed) // needed.per_token
+    return max(longest_group(cfg), min(LARGEST_BUDGET, fits))
+
+
+def longest_group(cfg: RunConfig) -> int:
+    """Most tokens a group may have: two completions of `sequence_len`, or one for unpaired losses."""
+    sequence_len = cfg.data.sequence_len if cfg.data else 2048
+    return sequence_len * (2 if cfg.method is None or cfg.method.paired else 1)
+
+
+def _reference_parts(
+    cfg: RunConfig, facts: Facts, plan: ReferencePlan, precision: HeldPrecision, adapter: int
+) -> list[MemoryPart]:
+    if plan.source is Source.SEPARATE_MODEL:
+        bytes_ = _reference_model_bytes(cfg, facts, precision)
+        when: When = "throughout" if plan.schedule is Schedule.LIVE else "scoring"
+        on_cpu = precision.gpu and cfg.reference.device == "cpu"
+        return [MemoryPart("reference model", bytes_, when, on_cpu=on_cpu)]
+    if plan.source is Source.FROZEN_ADAPTER and plan.schedule is Schedule.LIVE:
+        return [MemoryPart("reference adapter", adapter, "throughout")]
+    return []
+
+
+def _reference_model_bytes(cfg: RunConfig, facts: Facts, precision: HeldPrecision) -> int:
+    model = facts.reference or facts.model
+    return _model_bytes(cfg, model.num_parameters, cfg.reference.dtype or precision.weights)
+
+
+def _model_bytes(cfg: RunConfig, parameters: int, dtype: str) -> int:
+    """Quantized weights take 1 byte, or half a byte and their scales."""
+    if cfg.model.load_in_4bit:
+        return int(parameters * 0.5625)
+    return parameters * (1 if cfg.model.load_in_8bit else BYTES[dtype])
+
+
+def _state_bytes(optimizer: str, trained_bytes: int) -> float:
+    listed = next((size for part, size in _STATE_BYTES if part in optimizer), None)
+    return 2.0 * trained_bytes if listed is None else listed
+
+
+def _policy_line(cfg: RunConfig, facts: Facts, precision: HeldPrecision) -> str:
+    trained = count_trained(cfg, facts)
+    kind = "4-bit" if cfg.model.load_in_4bit else "8-bit" if cfg.model.load_in_8bit else precision.weights
+    line = f"policy: {_count(facts.model.num_parameters)} weights once, in {kind}"
+    if cfg.adapter is not None:
+        line += f", and an adapter of {_count(trained.adapter)}"
+    return f"{line}; {_count(trained.total)} are trained"
+
+
+def _reference_line(cfg: RunConfig, facts: Facts, plan: ReferencePlan, precision: HeldPrecision) -> str:
+    if plan.source is Source.NONE:
+        return "reference: none"
+    if plan.source is Source.SEPARATE_MODEL:
+        model = facts.reference or facts.model
+        until = "throughout" if plan.schedule is Schedule.LIVE else "while it scores, then freed"
+        where = " on the CPU" if cfg.reference.device == "cpu" else ""
+        dtype = cfg.reference.dtype or precision.weights
+        weights = f"{_count(model.num_parameters)} weights in {dtype}{where}"
+        return f"reference: a second model of {weights}, {until}"
+    if plan.source is Source.FROZEN_ADAPTER and plan.schedule is Schedule.LIVE:
+        adapter = count_trained(cfg, facts).adapter
+        return f"reference: a frozen copy of the adapter, {_count(adapter)} weights, throughout"
+    return "reference: no weights of its own"
+
+
+def _count(number: int) -> str:
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {letter}"
+    return str(number)

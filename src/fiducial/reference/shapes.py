@@ -1,0 +1,114 @@
+"""The sizes a config.json gives, and the tensors they imply where the weights are not at hand.
+
+The tensors have Llama's names and layout: exact for its family, close for others (no biases, MLP gated
+unless the family is known not to be). Good enough to estimate memory before a download; never used to judge
+whether weights fit.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fiducial.reference.checkpoint import TensorFact
+
+UNGATED = frozenset(
+    {
+        "gpt2",
+        "gpt_neo",
+        "gpt_neox",
+        "gptj",
+        "gpt_bigcode",
+        "opt",
+        "bloom",
+        "falcon",
+        "phi",
+        "codegen",
+        "starcoder2",
+    }
+)
+"""Families whose MLP has one matrix up, not two."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """The numbers a decoder is built from."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    """Width of one MLP, or of one expert."""
+    vocab_size: int
+    experts: int = 1
+    """MLPs a layer holds."""
+    active_experts: int = 1
+    """MLPs a token passes through in a layer."""
+
+    @property
+    def queries(self) -> int:
+        """Width of all query heads together."""
+        return self.heads * self.head_dim
+
+    @property
+    def keys(self) -> int:
+        """Width of all key heads together; values have the same."""
+        return self.kv_heads * self.head_dim
+
+
+def read_sizes(config: Mapping[str, Any]) -> Sizes | None:
+    """The sizes in a config.json under the names families use; None where it describes no decoder."""
+    hidden = _number(config, "hidden_size", "n_embd", "d_model", "dim")
+    layers = _number(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
+    vocab_size = _number(config, "vocab_size")
+    if not (hidden and layers and vocab_size):
+        return None
+    heads = _number(config, "num_attention_heads", "n_head", "n_heads", "num_heads") or 1
+    width = _number(config, "intermediate_size", "n_inner", "ffn_dim") or 4 * hidden
+    experts = _number(config, "num_local_experts", "num_experts", "n_routed_experts") or 1
+    mixture = experts > 1
+    return Sizes(
+        hidden=hidden,
+        layers=layers,
+        heads=heads,
+        kv_heads=_number(config, "num_key_value_heads") or heads,
+        head_dim=_number(config, "head_dim") or hidden // heads,
+        intermediate=(_number(config, "moe_intermediate_size") if mixture else None) or width,
+        vocab_size=vocab_size,
+        experts=experts,
+        active_experts=(_number(config, "num_experts_per_tok") if mixture else None) or 1,
+    )
+
+
+def implied_tensors(sizes: Sizes, *, tied: bool, gated: bool, dtype: str) -> dict[str, TensorFact]:
+    """Names and shapes of a decoder with these sizes; `dtype` is safetensors' name of it."""
+    hidden = sizes.hidden
+    layer: dict[str, tuple[int, ...]] = {
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+        "self_attn.q_proj": (sizes.queries, hidden),
+        "self_attn.k_proj": (sizes.keys, hidden),
+        "self_attn.v_proj": (sizes.keys, hidden),
+        "self_attn.o_proj": (hidden, sizes.queries),
+    }
+    if sizes.experts > 1:
+        layer["mlp.router"] = (sizes.experts, hidden)
+    for expert in range(sizes.experts):
+        mlp = "mlp" if sizes.experts == 1 else f"mlp.experts.{expert}"
+        layer |= {
+            f"{mlp}.up_proj": (sizes.intermediate, hidden),
+            f"{mlp}.down_proj": (hidden, sizes.intermediate),
+        }
+        if gated:
+            layer[f"{mlp}.gate_proj"] = (sizes.intermediate, hidden)
+    shapes = {"model.embed_tokens.weight": (sizes.vocab_size, hidden), "model.norm.weight": (hidden,)}
+    for index in range(sizes.layers):
+        shapes |= {f"model.layers.{index}.{name}.weight": shape for name, shape in layer.items()}
+    if not tied:
+        shapes["lm_head.weight"] = (sizes.vocab_size, hidden)
+    return {name: TensorFact(dtype, shape) for name, shape in shapes.items()}
+
+
+def _number(config: Mapping[str, Any], *names: str) -> int | None:
+    return next((config[name] for name in names if isinstance(config.get(name), int)), None)

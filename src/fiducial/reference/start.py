@@ -1,0 +1,138 @@
+"""What the policy is before step 1, and which references equal it: the facts a plan is decided on.
+
+Each `why_…_differs` says in a clause why a kind of reference would not be the starting policy, None if it
+would. What PEFT does was measured (docs/reference.md): an initialisation that is not listed here counts as
+one that changes the policy, because guessing wrong would compare with another model.
+"""
+
+import re
+
+from fiducial.config.schema import AdapterConfig, RunConfig
+from fiducial.reference.facts import Facts
+
+IDENTITY_INITS = frozenset({"true", "gaussian", "eva"})
+"""`peft_init_lora_weights` that leave the policy exactly as it was: on and off agree at step 0."""
+ROUNDED_INITS = ("pissa", "olora", "orthogonal")
+"""Those that split base weights in two: the sum is the base again up to the rounding of its dtype, 4e-6 nats
+a
+token in float32 and 0.08 in bfloat16 (measured)."""
+_SHARED = re.compile(r"\b(embed_tokens|embed_in|wte|lm_head|embed_out)\.lora_")
+"""Adapter weights on an embedding or a head."""
+
+
+def no_reference_reason(cfg: RunConfig) -> str | None:
+    """Why the loss needs no reference; None if it does."""
+    if cfg.method is None:
+        return "No preference method is set (`rl`), so there is nothing to compare with."
+    if not cfg.method.needs_reference:
+        return f"The {cfg.method.name} loss does not compare with a reference."
+    if cfg.method.beta == 0:
+        return "With beta 0 the reference has no weight in the loss."
+    return None
+
+
+def streams(cfg: RunConfig) -> bool:
+    """Whether rows arrive once, so that nothing can be scored ahead of time."""
+    return cfg.data is not None and cfg.data.streaming
+
+
+def names_another_policy(cfg: RunConfig) -> bool:
+    """Whether the user asked to compare with something other than the policy the run starts from."""
+    asked = cfg.reference
+    if asked.model is None:
+        return False
+    same_weights = asked.model == cfg.model.base_model and asked.revision == cfg.model.revision
+    starts_there = not cfg.model.reinit_weights and (cfg.adapter is None or adapter_starts_at_identity(cfg))
+    return not (same_weights and starts_there)
+
+
+def resumes_adapter(cfg: RunConfig) -> bool:
+    """Whether the policy starts from an adapter trained before."""
+    return cfg.adapter is not None and cfg.adapter.path is not None
+
+
+def adapter_starts_at_identity(cfg: RunConfig) -> bool:
+    """Whether the adapter is new and leaves the base's log-probs exactly unchanged at step 0."""
+    return cfg.adapter is not None and not resumes_adapter(cfg) and _init(cfg.adapter) in IDENTITY_INITS
+
+
+def trains_outside_adapter(cfg: RunConfig, facts: Facts) -> str | None:
+    """The setting that trains base weights in place beside an adapter; None if the base stays untouched."""
+    if cfg.adapter is None:
+        return None
+    if cfg.model.unfrozen_parameters is not None:
+        return "unfrozen_parameters"
+    bias = facts.adapter.bias if facts.adapter else cfg.adapter.bias
+    return f"peft_bias: {bias}" if bias != "none" else None
+
+
+def why_adapter_off_differs(cfg: RunConfig, facts: Facts) -> str | None:
+    """Why the policy with its adapter off is not the starting policy, now or after some steps."""
+    if cfg.adapter is None:
+        return "there is no adapter to switch off"
+    if resumes_adapter(cfg):
+        return f"lora_model_dir: {cfg.adapter.path} is part of the starting policy, and off is the bare base"
+    if not adapter_starts_at_identity(cfg):
+        return (
+            f"peft_init_lora_weights: {_init(cfg.adapter)} changes the base weights or the policy at step 0, "
+            "and off does not undo it"
+        )
+    if setting := trains_outside_adapter(cfg, facts):
+        return f"{setting} trains base weights in place, which switching the adapter off does not restore"
+    return None
+
+
+def why_frozen_copy_differs(cfg: RunConfig, facts: Facts) -> str | None:
+    """Why the base with a frozen copy of the starting adapter is not, or cannot be, the starting policy."""
+    if cfg.adapter is None:
+        return "there is no adapter to copy"
+    if setting := trains_outside_adapter(cfg, facts):
+        return f"{setting} trains base weights, which a frozen adapter shares with the policy"
+    if facts.adapter.target_parameters if facts.adapter else cfg.adapter.target_parameters:
+        return "lora_target_parameters: PEFT before 0.20 holds only one adapter of that kind"
+    return None
+
+
+def frozen_copy_is_start(cfg: RunConfig, facts: Facts) -> bool:
+    """Whether a frozen copy of the adapter gives the starting policy at every step."""
+    return why_frozen_copy_differs(cfg, facts) is None
+
+
+def why_checkpoint_differs(cfg: RunConfig, facts: Facts) -> str | None:
+    """Why loading the starting checkpoint again (with a resumed adapter) is not the starting policy."""
+    if cfg.adapter is None:
+        return None
+    if resumes_adapter(cfg):
+        return _why_merged_differs(cfg, facts)
+    if cfg.adapter.layer_replication:
+        return "peft_layer_replication gives the policy layers that the checkpoint does not have"
+    return _why_start_differs(cfg, _init(cfg.adapter))
+
+
+def _why_merged_differs(cfg: RunConfig, facts: Facts) -> str | None:
+    """Why the base with the resumed adapter merged in is not the base with the adapter."""
+    if cfg.model.load_in_8bit or cfg.model.load_in_4bit or facts.model.quantized:
+        return "merging the resumed adapter into quantized weights would round them again"
+    names = (facts.adapter.tensors if facts.adapter else None) or {}
+    shared = [name for name in names if ".lora_" in name and _SHARED.search(name)]
+    if facts.model.tied_embeddings and shared:
+        return "the resumed adapter is on one of two tied weights, and merging it would change both"
+    return None
+
+
+def _why_start_differs(cfg: RunConfig, init: str) -> str | None:
+    """Why the base with a new adapter, switched on, is not the base."""
+    if init in IDENTITY_INITS:
+        return None
+    if not init.startswith(ROUNDED_INITS):
+        return f"peft_init_lora_weights: {init} makes the starting policy another one than the checkpoint"
+    if cfg.model.dtype == "float32":
+        return None
+    return (
+        f"peft_init_lora_weights: {init} splits the base weights, and in any dtype but float32 (bf16: false) "
+        "the parts do not add up to the checkpoint again"
+    )
+
+
+def _init(adapter: AdapterConfig) -> str:
+    return str(adapter.init_lora_weights).lower()

@@ -1,0 +1,315 @@
+"""The estimate against what autograd really stores, and the arithmetic of the other parts."""
+
+import warnings
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+from fiducial.config.methods import DPOConfig, KTOConfig
+from fiducial.config.schema import (
+    AdapterConfig,
+    DataConfig,
+    DatasetConfig,
+    ModelConfig,
+    OptimizationConfig,
+    ReferenceConfig,
+    RunConfig,
+)
+from fiducial.model import head
+from fiducial.model.scoring import Scorer
+from fiducial.reference.activations import (
+    HEAD_CHUNK_LOGITS,
+    HEAD_KEPT_BYTES,
+    HEAD_SMALLEST_CHUNK,
+    stored_bytes_per_token,
+    training_pass,
+)
+from fiducial.reference.facts import Facts, gather_facts
+from fiducial.reference.memory import (
+    LARGEST_BUDGET,
+    MemoryEstimate,
+    auto_token_budget,
+    estimate_memory,
+    longest_group,
+)
+from fiducial.reference.plan import plan_reference
+from fiducial.reference.precision import held_precision
+from fiducial.reference.trained import USUAL_TARGETS, count_trained
+from tiny import random_groups, save_checkpoint, tiny_model
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 2048,
+}
+FAMILY: dict[str, dict[str, Any]] = {
+    "llama": {"num_key_value_heads": 4},
+    "qwen3": {"num_key_value_heads": 4, "head_dim": 32},
+    "phi3": {"num_key_value_heads": 4},
+    "olmo2": {"num_key_value_heads": 4},
+    "gpt_neox": {},
+}
+TOKENS = 512
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {name: save_checkpoint(root / name, name, **SIZES, **extra) for name, extra in FAMILY.items()}
+
+
+def run_config(path: Path, *, adapter: AdapterConfig | None = None, **model: Any) -> RunConfig:
+    model_config = ModelConfig(base_model=str(path), **({"autocast": None} | model))
+    return RunConfig(model=model_config, adapter=adapter, method=DPOConfig())
+
+
+def estimate(cfg: RunConfig, budget: int = 1000, *, gpu: bool = False) -> MemoryEstimate:
+    facts = gather_facts(cfg)
+    return estimate_memory(cfg, facts, plan_reference(cfg, facts), budget, gpu=gpu)
+
+
+def part(memory: MemoryEstimate, name: str) -> int:
+    return sum(item.bytes for item in memory.parts if item.name.startswith(name))
+
+
+def stored_per_token(model: torch.nn.Module, *, autocast: bool = False) -> float:
+    """Bytes of every tensor autograd saves, weights left out, each storage once."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    shapes = {tuple(parameter.shape) for parameter in model.parameters()}
+    stored: dict[int, int] = {}
+    kept = []
+
+    def save(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        cast_weight = tuple(tensor.shape) in shapes or tuple(tensor.mT.shape) in shapes
+        if storage.data_ptr() not in weights and not (tensor.dim() == 2 and cast_weight):
+            stored[storage.data_ptr()] = storage.nbytes()
+            kept.append(tensor)  # alive, so that no address is used twice
+        return tensor
+
+    ids = torch.randint(0, 256, (1, TOKENS))
+    backbone = model.get_decoder() if hasattr(model, "get_decoder") else model
+    with (
+        torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
+        backbone(input_ids=ids, use_cache=False)
+    return sum(stored.values()) / TOKENS
+
+
+@pytest.mark.parametrize("family", FAMILY)
+def test_the_activation_formula_is_what_autograd_stores(family: str, checkpoints: dict[str, Path]) -> None:
+    cfg = run_config(checkpoints[family])
+    expected = stored_per_token(tiny_model(family, **SIZES, **FAMILY[family]))
+    formula = stored_bytes_per_token(cfg, gather_facts(cfg), held_precision(cfg, gpu=False))
+    assert formula == pytest.approx(expected, rel=0.1)
+
+
+def test_the_formula_holds_under_autocast(checkpoints: dict[str, Path]) -> None:
+    cfg = run_config(checkpoints["llama"], autocast="bfloat16")
+    expected = stored_per_token(tiny_model("llama", **SIZES, **FAMILY["llama"]), autocast=True)
+    formula = stored_bytes_per_token(cfg, gather_facts(cfg), held_precision(cfg, gpu=False))
+    assert formula == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), "all-linear"])
+def test_the_formula_holds_for_lora(targets: Any, checkpoints: dict[str, Path]) -> None:
+    cfg = run_config(checkpoints["llama"], adapter=AdapterConfig(kind="lora", target_modules=targets))
+    names = targets if isinstance(targets, str) else list(targets)
+    policy = get_peft_model(
+        tiny_model("llama", **SIZES, **FAMILY["llama"]),
+        LoraConfig(r=8, target_modules=names, task_type="CAUSAL_LM"),
+    )
+    policy.enable_input_require_grads()
+    expected = stored_per_token(policy.base_model.model)
+    formula = stored_bytes_per_token(cfg, gather_facts(cfg), held_precision(cfg, gpu=False))
+    assert formula == pytest.approx(expected, rel=0.1)
+
+
+def test_the_formula_holds_with_gradient_checkpointing(checkpoints: dict[str, Path]) -> None:
+    model = tiny_model("llama", **SIZES, **FAMILY["llama"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # transformers >= 5.20 has another name for it
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    cfg = run_config(checkpoints["llama"], gradient_checkpointing=True)
+    formula = stored_bytes_per_token(cfg, gather_facts(cfg), held_precision(cfg, gpu=False))
+    assert formula == pytest.approx(stored_per_token(model.train()), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "adapter", [None, AdapterConfig(kind="lora", target_linear=True)], ids=["full", "lora"]
+)
+def test_a_pass_peaks_where_the_formula_says(
+    adapter: AdapterConfig | None, checkpoints: dict[str, Path]
+) -> None:
+    policy: Any = tiny_model("llama", **SIZES, **FAMILY["llama"])
+    if adapter is not None:
+        policy = get_peft_model(policy, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    scorer = Scorer(policy, layout="packed")
+    batch = scorer.pack(random_groups(20, longest=60))
+    for parameter in policy.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    scorer(batch)  # what is measured once at the start
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profile:
+        scorer(batch).values.sum().backward()
+    changes = [
+        event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
+    cfg = run_config(checkpoints["llama"], adapter=adapter)
+    formula = training_pass(cfg, gather_facts(cfg), held_precision(cfg, gpu=False))
+    assert formula.of(batch.input_ids.numel()) == pytest.approx(max(accumulate(changes)), rel=0.3)
+
+
+def test_full_fine_tuning_holds_weights_gradients_and_two_moments(checkpoints: dict[str, Path]) -> None:
+    weights = sum(
+        parameter.numel() for parameter in tiny_model("llama", **SIZES, **FAMILY["llama"]).parameters()
+    )
+    memory = estimate(run_config(checkpoints["llama"]))
+    assert part(memory, "policy weights") == 4 * weights
+    assert part(memory, "gradients") == 4 * weights
+    assert part(memory, "optimizer state") == 8 * weights
+    assert part(memory, "reference") == 0
+    assert part(memory, "autocast copies") == 0
+
+
+def test_autocast_keeps_a_copy_of_the_weights(checkpoints: dict[str, Path]) -> None:
+    memory = estimate(run_config(checkpoints["llama"], autocast="bfloat16"))
+    assert part(memory, "autocast copies") * 2 == part(memory, "policy weights")
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "bytes_per_weight"),
+    [("adamw_torch_fused", 8), ("adamw_bnb_8bit", 2), ("sgd", 0), ("adafactor", 0), ("lion_32bit", 4)],
+)
+def test_optimizer_state(optimizer: str, bytes_per_weight: int, checkpoints: dict[str, Path]) -> None:
+    cfg = run_config(checkpoints["llama"]).model_copy(
+        update={"optimization": OptimizationConfig(optimizer=optimizer)}
+    )
+    trained = count_trained(cfg, gather_facts(cfg)).total
+    assert part(estimate(cfg), "optimizer state") == bytes_per_weight * trained
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"target_modules": ("q_proj", "down_proj")},
+        {"target_linear": True},
+        {"use_dora": True, "r": 4},
+        {"modules_to_save": ("lm_head",)},
+        {"rank_pattern": {"v_proj": 2}},
+        {"layers_to_transform": (1,)},
+        {"trainable_token_indices": (1, 2, 3)},
+    ],
+)
+def test_trained_weights_are_those_peft_trains(options: dict[str, Any], checkpoints: dict[str, Path]) -> None:
+    adapter = AdapterConfig(kind="lora", **options)
+    cfg = run_config(checkpoints["llama"], adapter=adapter)
+    given = {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}
+    targets = {"target_modules": "all-linear"} if given.pop("target_linear", False) else {}
+    policy = get_peft_model(
+        tiny_model("llama", **SIZES, **FAMILY["llama"]), LoraConfig(task_type="CAUSAL_LM", **given, **targets)
+    )
+    trained = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
+    assert count_trained(cfg, gather_facts(cfg)).total == trained
+
+
+def test_the_bias_setting_counts_the_biases_it_trains(checkpoints: dict[str, Path]) -> None:
+    cfg = run_config(checkpoints["gpt_neox"], adapter=AdapterConfig(kind="lora", bias="all"))
+    policy = get_peft_model(
+        tiny_model("gpt_neox", **SIZES, **FAMILY["gpt_neox"]), LoraConfig(task_type="CAUSAL_LM", bias="all")
+    )
+    trained = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
+    assert count_trained(cfg, gather_facts(cfg)).total == trained
+
+
+def test_unfrozen_parameters_are_counted_by_name(checkpoints: dict[str, Path]) -> None:
+    cfg = run_config(checkpoints["llama"], unfrozen_parameters=(r"model\.norm",))
+    assert count_trained(cfg, gather_facts(cfg)).total == SIZES["hidden_size"]
+
+
+def test_the_usual_targets_are_pefts() -> None:
+    theirs = {name: TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[name] for name in USUAL_TARGETS}
+    assert {name: list(targets) for name, targets in USUAL_TARGETS.items()} == theirs
+
+
+@pytest.mark.parametrize(("schedule", "when"), [("live", "throughout"), ("precomputed", "scoring")])
+def test_a_second_model_is_held_as_long_as_it_is_asked(
+    schedule: Any, when: str, checkpoints: dict[str, Path]
+) -> None:
+    reference = ReferenceConfig(source="separate_model", schedule=schedule, dtype="bfloat16")
+    memory = estimate(run_config(checkpoints["llama"]).model_copy(update={"reference": reference}))
+    found = [item for item in memory.parts if item.name == "reference model"]
+    assert [(item.when, item.bytes) for item in found] == [(when, part(memory, "policy weights") // 2)]
+    assert memory.peak == max(memory.at("training"), memory.at("scoring"))
+
+
+def test_a_reference_on_the_cpu_does_not_count_on_the_device(checkpoints: dict[str, Path]) -> None:
+    cfg = run_config(checkpoints["llama"])
+    beside, on_cpu = (
+        cfg.model_copy(update={"reference": ReferenceConfig(source="separate_model", device=device)})
+        for device in (None, "cpu")
+    )
+    weights = part(estimate(cfg), "policy weights")
+    assert estimate(beside, gpu=True).peak - estimate(on_cpu, gpu=True).peak == weights
+    assert estimate(beside).peak == estimate(on_cpu).peak  # a run on the CPU has one memory
+
+
+def test_quantized_weights_are_small(checkpoints: dict[str, Path]) -> None:
+    adapter = AdapterConfig(kind="qlora")
+    full = part(estimate(run_config(checkpoints["llama"], adapter=adapter)), "policy weights")
+    for setting, ratio in (({"load_in_8bit": True}, 4), ({"load_in_4bit": True}, 7)):
+        small = part(estimate(run_config(checkpoints["llama"], adapter=adapter, **setting)), "policy weights")
+        assert full // small == ratio
+
+
+def test_the_auto_budget_fills_memory_between_its_bounds(checkpoints: dict[str, Path]) -> None:
+    cfg = run_config(checkpoints["llama"])
+    facts = gather_facts(cfg)
+    needed = training_pass(cfg, facts, held_precision(cfg, gpu=False))
+    for_8000 = needed.fixed + 8_000 * needed.per_token
+    assert auto_token_budget(round(for_8000 / 0.8) + 1, facts, cfg, gpu=False) == 8_000
+    assert auto_token_budget(0, facts, cfg, gpu=False) == longest_group(cfg) == 4096
+    assert auto_token_budget(1 << 50, facts, cfg, gpu=False) == LARGEST_BUDGET
+
+
+def test_the_longest_group_has_one_completion_where_the_loss_is_unpaired() -> None:
+    data = DataConfig(datasets=(DatasetConfig(path="x"),), sequence_len=100)
+    model = ModelConfig(base_model="x")
+    assert longest_group(RunConfig(model=model, method=DPOConfig(), data=data)) == 200
+    assert longest_group(RunConfig(model=model, method=KTOConfig(), data=data)) == 100
+
+
+def test_a_pass_holds_no_more_than_a_step(checkpoints: dict[str, Path]) -> None:
+    cfg = run_config(checkpoints["llama"])
+    assert part(estimate(cfg, 4096), "activations of a training") == part(
+        estimate(cfg, 100_000), "activations of a training"
+    )
+    more = cfg.model_copy(update={"optimization": OptimizationConfig(micro_batch_size=8)})
+    assert part(estimate(more, 100_000), "activations of a training") > part(
+        estimate(cfg, 100_000), "activations of a training"
+    )
+
+
+def test_auto_precision_follows_the_device(checkpoints: dict[str, Path]) -> None:
+    cfg = run_config(checkpoints["llama"], dtype="auto", autocast="auto")
+    facts: Facts = gather_facts(cfg)
+    plan = plan_reference(cfg, facts)
+    cpu = estimate_memory(cfg, facts, plan, 100, gpu=False)
+    gpu = estimate_memory(cfg, facts, plan, 100, gpu=True)
+    assert part(cpu, "policy weights") == 2 * part(gpu, "policy weights")
+
+
+def test_the_heads_numbers_are_the_heads() -> None:
+    assert head.KEPT_BYTES == HEAD_KEPT_BYTES
+    assert head._SMALLEST_CHUNK == HEAD_SMALLEST_CHUNK
+    assert {"cpu": HEAD_CHUNK_LOGITS["cpu"], "cuda": HEAD_CHUNK_LOGITS["gpu"]} == head._CHUNK_ELEMENTS
