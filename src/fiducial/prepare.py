@@ -36,6 +36,7 @@ from fiducial.reference.facts import Facts, gather_facts
 from fiducial.reference.identity import identify
 from fiducial.reference.kinds import ReferencePlan, Schedule, Source
 from fiducial.reference.plan import plan_reference
+from fiducial.reference.setup import setup_reference_model
 from fiducial.reference.sources import NoReference, Reference, build_reference, build_scoring_reference
 from fiducial.reference.verify import Proof, prove_reference, require_adapter_off
 
@@ -113,7 +114,9 @@ def load_second_model(run: Run, device: torch.device) -> Scorer | None:
     """The second model, where the plan's reference is one."""
     if run.plan.source is not Source.SEPARATE_MODEL:
         return None
-    model, _ = ModelLoader(run.cfg, run.tokenizer, reference_model=True).load()
+    live = setup_reference_model(run.cfg, run.tokenizer)
+    # An explicit `schedule: precomputed` needs it for the scoring pass alone.
+    model = live if live is not None else ModelLoader(run.cfg, run.tokenizer, reference_model=True).load()[0]
     where = torch.device("cpu") if run.cfg.reference.device == "cpu" else device
     return _scorer(run, model, where)[0]
 
