@@ -5,17 +5,19 @@ BIN := $(VENV)/bin
 # Two cores are the smallest machine we support; xdist splits the tests over what there is.
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: help install install-trl quickstart test test-unit test-gpu lint fmt type check bench clean
+.PHONY: help install quickstart test test-unit test-gpu lint fmt type check bench docs clean
 
 help:
 	@echo "make quickstart  align a tiny model in two minutes"
 	@echo "make test        the tests          make check  format, lint, types, tests (what CI runs)"
 	@echo "make bench       against TRL        make fmt    rewrite the code in the house's format"
+	@echo "make docs        rewrite what is made in README.md"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing pinned dependencies into $(VENV) (once, a few minutes) ..."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	touch $@
 
@@ -25,8 +27,12 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 install: $(VENV)/.installed
 
+# PYTHONUTF8: the plan and the tables have lines that an ASCII terminal's encoding has no letters for.
+quickstart: export PYTHONUTF8 := 1
 quickstart: $(VENV)/.installed
+	$(BIN)/python examples/quickstart/make.py outputs/quickstart
 	$(BIN)/fiducial train examples/quickstart/dpo.yaml
+	$(BIN)/python examples/quickstart/ask.py
 
 test: $(VENV)/.installed-dev
 	$(PYTEST) tests
@@ -52,6 +58,9 @@ check: lint type test
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python bench/against_trl.py
+
+docs: $(VENV)/.installed
+	$(BIN)/python docs/readme.py
 
 clean:
 	rm -rf $(VENV) outputs build dist .pytest_cache .mypy_cache .ruff_cache

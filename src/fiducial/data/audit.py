@@ -1,12 +1,11 @@
 """What became of every row: kept, truncated, or dropped and why, with row numbers to look at."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from fiducial.data.dataset import TokenizedDataset
 from fiducial.data.example import OddRow
@@ -104,19 +103,10 @@ class Audit:
         return asdict(self)
 
     def render(self, console: Console) -> None:
-        """Print the account as a table, and below it each reason with its row numbers."""
-        table = Table(title="data", title_justify="left")
-        table.add_column("dataset", overflow="fold")
-        table.add_column("format")
-        for name in ("rows", "kept", "dropped", "truncated"):
-            table.add_column(name, justify="right")
-        for piece in PIECES:
-            table.add_column(f"{piece}\nmedian/max", justify="right")
+        """Print the account, readable from 80 columns on: each dataset, then each reason with row numbers."""
         for each in self.datasets:
-            name = each.name if each.role == "train" else f"{each.name} (evaluation)"
-            counts = (each.rows, each.kept, each.rows - each.kept, each.truncated)
-            table.add_row(name, each.format, *map(str, counts), *_lengths(each))
-        console.print(table)
+            for line in _account(each):
+                console.print(line, highlight=False, markup=False, soft_wrap=True)
         console.print(self.summary(), highlight=False, markup=False)
         for line in self._remarks():
             console.print(f"  {line}", highlight=False, markup=False)
@@ -135,9 +125,14 @@ class Audit:
         yield from self.notes
 
 
-def _lengths(audit: DatasetAudit) -> Sequence[str]:
-    measured = (audit.lengths.get(piece) for piece in PIECES)
-    return [f"{item['median']}/{item['max']}" if item else "–" for item in measured]
+def _account(audit: DatasetAudit) -> Iterable[str]:
+    role = "" if audit.role == "train" else f" ({audit.role})"
+    yield f"Data: {audit.name}{role}, read as {audit.format}"
+    yield f"  {audit.kept} of {audit.rows} rows kept, {audit.truncated} truncated"
+    measured = ((piece, audit.lengths.get(piece)) for piece in PIECES)
+    lengths = [f"{piece} {item['median']}/{item['max']}" for piece, item in measured if item]
+    if lengths:
+        yield f"  tokens, median/longest: {', '.join(lengths)}"
 
 
 def _remarks(audit: DatasetAudit) -> Iterable[str]:

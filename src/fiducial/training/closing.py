@@ -9,7 +9,7 @@ _ROWS = {
     "loss": "loss",
     "rewards/accuracies": "reward accuracy",
     "rewards/margins": "reward margin",
-    "kl": "KL to the reference",
+    "kl": "log-ratio to the reference (kl)",
 }
 
 

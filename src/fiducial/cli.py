@@ -1,0 +1,215 @@
+"""The `fiducial` command.
+
+Each command imports what it needs when it runs, so that `plan`, `losses` and `--help` answer without torch.
+Exit codes: 0 done, 1 our bug, 2 a mistake the user can mend, 130 interrupted.
+"""
+
+import errno
+import json
+import os
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from fiducial._version import VERSION
+from fiducial.config.schema import RunConfig
+from fiducial.errors import FiducialError
+
+app = typer.Typer(
+    name="fiducial",
+    help="Align a language model with preference data, from one YAML file.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RunFile = Annotated[str, typer.Argument(metavar="RUN.YAML", help="The run's configuration.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the file's, as rl_beta=0.2."),
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+# What the machine refuses, whatever the program: no space left, over quota, no permission, read-only.
+_MACHINE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS})
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fiducial {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Align a language model with preference data, from one YAML file."""
+
+
+@app.command()
+def train(config: RunFile, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Align the model: plan, load, score the reference, prove it, train, save."""
+    resume = f"Checkpoints are kept; go on with: fiducial train {config} auto_resume_from_checkpoints=true"
+    with _reporting(debug, interrupted=resume):
+        run = _load(config, overrides)
+
+        _quieten()
+        from fiducial.train import train as train_run
+
+        train_run(run)
+
+
+@app.command()
+def plan(
+    config: RunFile,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Say what a run would do and why: its reference, memory and data. Loads no weights."""
+    with _reporting(debug):
+        run = _load(config, overrides)
+
+        from fiducial.reference.describe import plan_run, render_plan
+
+        report = plan_run(run)
+        if as_json:
+            typer.echo(json.dumps(report, indent=2))
+        else:
+            render_plan(report, _console())
+
+
+@app.command()
+def preprocess(config: RunFile, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Tokenize and audit the data, and score the reference where the plan precomputes it."""
+    resume = f"What was scored is kept; go on with: fiducial preprocess {config}"
+    with _reporting(debug, interrupted=resume):
+        run = _load(config, overrides)
+
+        _quieten()
+        from fiducial.train import preprocess as preprocess_run
+
+        preprocess_run(run)
+
+
+@app.command()
+def evaluate(config: RunFile, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Score a trained run on held-out pairs against its reference: accuracy, margins, KL."""
+    with _reporting(debug):
+        run = _load(config, overrides)
+
+        _quieten()
+        from fiducial.evaluate import evaluate as evaluate_run
+
+        evaluate_run(run)
+
+
+@app.command()
+def merge(
+    config: RunFile,
+    overrides: Overrides = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="Where to write; output_dir/merged by default.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Merge a trained LoRA adapter into its base model."""
+    with _reporting(debug):
+        run = _load(config, overrides)
+
+        _quieten()
+        from fiducial.merge import merge_adapter
+
+        merged = merge_adapter(run, Path(output) if output else None)
+        _console().print(f"Merged model and tokenizer: [bold]{escape(str(merged))}[/bold]", soft_wrap=True)
+
+
+@app.command()
+def losses() -> None:
+    """List the methods: what each optimises, its hyperparameters, and its paper."""
+    from fiducial.loss_table import render_losses
+
+    render_losses(_console())
+
+
+def main() -> None:
+    """Entry point of the `fiducial` command."""
+    app()
+
+
+def _load(config: str, overrides: list[str] | None) -> RunConfig:
+    from fiducial.config.load import load_run
+
+    loaded = load_run(config, overrides or ())
+    for note in loaded.notes:
+        _console(stderr=True).print(f"[yellow]note:[/yellow] {escape(note)}", soft_wrap=True)
+    return loaded.config
+
+
+def _quieten() -> None:
+    """Keep off the screen what says nothing of the run: bars of single loads, a warning between libraries."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    # PEFT 0.21 asks a transformers 5.23 model by the property's old name; goes with PEFT's next release.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+
+
+def _console(*, stderr: bool = False) -> Console:
+    """One process of a distributed run speaks for all of them."""
+    return Console(stderr=stderr, quiet=os.environ.get("RANK", "0") != "0")
+
+
+@contextmanager
+def _reporting(debug: bool, *, interrupted: str = "") -> Iterator[None]:
+    """Turn an error into a message and the exit code of whoever can mend it."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:  # the outermost frame: nothing is swallowed, all is told
+        if isinstance(error, BrokenPipeError):  # the reader of our output left, as `head` does; typer knows
+            raise
+        if debug:
+            traceback.print_exc()
+        code, message, remedy = _judge(error, interrupted)
+        _complain(message, remedy)
+        raise typer.Exit(code) from None
+
+
+def _judge(error: BaseException, interrupted: str) -> tuple[int, str, str]:
+    """Exit code, message and remedy."""
+    if isinstance(error, KeyboardInterrupt):
+        # Training stops with words of its own: what it saved, and how to go on.
+        return 130, str(error) or "Interrupted.", "" if str(error) else interrupted
+    if isinstance(error, FiducialError):
+        return 2, f"{_kind(error)}: {error}", ""
+    if isinstance(error, OSError) and error.errno in _MACHINE_ERRORS:
+        where = error.filename or "a file of this run"
+        return 2, f"{error.strerror}: {where}", "Make room, or allow it, and try again."
+    return (
+        1,
+        f"Internal error, which is Fiducial's and not yours: {type(error).__name__}: {error}",
+        f"Please report it with your YAML, the version ({VERSION}) and the traceback (--debug shows it).",
+    )
+
+
+def _kind(error: FiducialError) -> str:
+    name = type(error).__name__.removesuffix("Error")
+    return {"Fiducial": "Error"}.get(name, f"{name} error")
+
+
+def _complain(message: str, remedy: str = "") -> None:
+    console = Console(stderr=True)
+    console.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
+    if remedy:
+        console.print(remedy, markup=False, highlight=False, soft_wrap=True)

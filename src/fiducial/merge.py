@@ -1,0 +1,76 @@
+"""A trained adapter merged into its base model: one checkpoint that any program can load without PEFT.
+
+Sums are made in float32, on the CPU, and saved in the base checkpoint's own dtype. Under QLoRA the adapter is
+merged into the base as it was before quantisation, as is usual: the quantised one is a rounded copy of it.
+"""
+
+from pathlib import Path
+
+from peft import PeftModel
+
+from fiducial.config.schema import AdapterConfig, RunConfig
+from fiducial.errors import ConfigError, ModelError
+from fiducial.model.checkpoint import read_config
+from fiducial.model.loader import ModelLoader
+from fiducial.model.tokenizer import load_tokenizer
+from fiducial.reference.plan import Checkpoint
+
+
+def merge_adapter(cfg: RunConfig, output: Path | None = None) -> Path:
+    """Merge the adapter in the run's `output_dir` into the base, and save model and tokenizer.
+
+    Args:
+        cfg: the run that trained the adapter.
+        output: where to write; `output_dir`/merged by default.
+
+    Returns:
+        The folder that was written.
+
+    Raises:
+        ConfigError: the run trains no adapter, or `output` would replace what is merged.
+        ModelError: there is no trained adapter, or it does not fit the base.
+    """
+    trained = Path(cfg.output.output_dir)
+    target = output or trained / "merged"
+    adapter = _trained_adapter(cfg, trained)
+    _keep_sources(target, cfg, trained)
+
+    has_tokenizer = (trained / "tokenizer_config.json").is_file()
+    tokenizer_cfg = cfg.tokenizer.model_copy(update={"path": str(trained)} if has_tokenizer else {})
+    full_precision = {
+        "dtype": "float32",
+        "autocast": None,
+        "load_in_8bit": False,
+        "load_in_4bit": False,
+        "gradient_checkpointing": False,
+    }
+    model_cfg = cfg.model.model_copy(update=full_precision)
+    run = cfg.model_copy(update={"model": model_cfg, "adapter": adapter, "tokenizer": tokenizer_cfg})
+
+    tokenizer = load_tokenizer(run)
+    policy, _ = ModelLoader(run, tokenizer).load()
+    assert isinstance(policy, PeftModel)
+    merged = policy.merge_and_unload(safe_merge=True)
+    base = read_config(Checkpoint(cfg.model.base_model, cfg.model.revision), cfg.model, {})
+    merged.to(base.dtype or merged.dtype).save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    return target
+
+
+def _trained_adapter(cfg: RunConfig, trained: Path) -> AdapterConfig:
+    if cfg.adapter is None:
+        raise ConfigError(
+            f"adapter: not set, so this run trains all weights and {trained} already holds a whole model. "
+            "There is nothing to merge."
+        )
+    if not (trained / "adapter_config.json").is_file():
+        raise ModelError(f"output_dir: {trained} holds no trained adapter. Run `fiducial train` first.")
+    return cfg.adapter.model_copy(update={"path": str(trained)})
+
+
+def _keep_sources(target: Path, cfg: RunConfig, trained: Path) -> None:
+    """Refuse to write over the base or the adapter."""
+    sources = {"base_model": Path(cfg.model.base_model), "output_dir": trained}
+    for key, source in sources.items():
+        if target.resolve() == source.resolve():
+            raise ConfigError(f"--output: {target} is the run's {key}, which is merged. Name another folder.")

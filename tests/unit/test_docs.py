@@ -1,0 +1,207 @@
+"""What the documentation says is true: its commands and snippets run, its files exist, its output is ours."""
+
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from doc_blocks import DOCS, ROOT, Block, blocks, commands, localised, make_workspace
+from fiducial import cli
+from fiducial.config.load import load_run, validate_config
+from fiducial.reference.describe import plan_run
+
+EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+LANGUAGES = {"bash", "yaml", "python", "text"}
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory: `run.yaml` is the README's, on a tiny checkpoint and local pairs."""
+    make_workspace(tmp_path)
+    (readme_run,) = [block for block in blocks("yaml") if block.file == "README.md"]
+    run = localised(yaml.safe_load(readme_run.text))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_example_is_loaded_without_notes(example: Path) -> None:
+    loaded = load_run(example)
+
+    assert loaded.notes == ()
+    assert loaded.config.method is not None
+    assert loaded.config.method.trainable
+    assert example.read_text(encoding="utf-8").startswith("# "), "say in a comment what it shows"
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_example_is_planned(example: Path, workspace: Path) -> None:
+    settings = yaml.safe_load(example.read_text(encoding="utf-8"))
+
+    report = plan_run(validate_config(localised(settings)))
+
+    expected = EXPECTED_SOURCE[str(example.relative_to(ROOT / "examples"))]
+    assert report["reference"]["source"] == expected
+    assert report["data"]["rows"] == 8
+
+
+EXPECTED_SOURCE = {
+    "gemma-2-simpo.yaml": "none",
+    "hh-transcripts.yaml": "initial_policy",
+    "llama-3-8b-dpo-lora.yaml": "adapter_off",
+    "llama-3-8b-dpo-qlora.yaml": "adapter_off",
+    "mistral-orpo.yaml": "none",
+    "other-reference.yaml": "separate_model",
+    "quickstart/dpo.yaml": "initial_policy",
+    "quickstart/lora.yaml": "adapter_off",
+    "qwen-dpo-full.yaml": "initial_policy",
+    "resumed-adapter.yaml": "frozen_adapter",
+}
+
+
+@pytest.mark.parametrize("block", blocks(), ids=str)
+def test_block_is_of_a_kind_that_a_test_runs(block: Block) -> None:
+    assert block.language in LANGUAGES
+
+
+@pytest.mark.parametrize("block", blocks("yaml"), ids=str)
+def test_yaml_is_a_run_or_part_of_one(block: Block, workspace: Path) -> None:
+    settings: Any = yaml.safe_load(block.text)
+    if isinstance(settings, list):
+        settings = {"datasets": settings}
+    whole = {"base_model": "base", "rl": "dpo", "datasets": [{"path": "pairs.jsonl"}]} | settings
+
+    validate_config(whole)
+    report = plan_run(validate_config(localised(whole)))
+
+    assert report["method"]["name"] == whole["rl"]
+
+
+@pytest.mark.parametrize(("where", "command"), commands())
+def test_command_runs(where: str, command: str, workspace: Path) -> None:
+    program, *arguments = shlex.split(command)
+    RUNNERS[program](arguments)
+
+
+def run_fiducial(arguments: list[str]) -> None:
+    if arguments[0] in ("evaluate", "merge"):
+        CliRunner().invoke(cli.app, ["train", arguments[1]], catch_exceptions=False)
+
+    result = CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
+
+    assert result.exit_code == 0, result.stderr
+
+
+def run_make(arguments: list[str]) -> None:
+    done = subprocess.run(
+        ["make", "--dry-run", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+    assert done.returncode == 0, done.stderr
+
+
+def run_pip(arguments: list[str]) -> None:
+    """Installing is not for a test; what would be installed must exist."""
+    assert arguments[0] == "install"
+    for extra in re.findall(r"\[(\w+)\]", " ".join(arguments)):
+        assert f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
+def run_python(arguments: list[str]) -> None:
+    assert (ROOT / arguments[0]).is_file()
+
+
+RUNNERS = {"fiducial": run_fiducial, "make": run_make, "pip": run_pip, "python": run_python}
+
+
+@pytest.mark.parametrize(
+    "block", [block for block in blocks("python") if block.file != "CONTRIBUTING.md"], ids=str
+)
+def test_python_runs(block: Block, workspace: Path) -> None:
+    exec(compile(block.text, str(block), "exec"), {"__name__": "snippet"})
+
+
+def test_the_readmes_plan_and_tree_are_what_they_are_made_from() -> None:
+    made = runpy.run_path(str(ROOT / "docs" / "readme.py"))["render"](README)
+
+    assert made.splitlines() == README.splitlines(), "run: make docs"
+
+
+def test_the_readmes_tree_has_a_line_for_every_file() -> None:
+    files = [path.name for path in (ROOT / "src" / "fiducial").rglob("*.py") if path.name != "__init__.py"]
+
+    assert sorted(re.findall(r"^ +(\w+\.py) +\S", README, re.MULTILINE)) == sorted(files)
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_links_and_paths_lead_somewhere(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if "://" not in link]
+    paths = re.findall(r"`((?:src|tests|docs|examples|bench)/[\w./-]+)`", text)
+
+    missing = [link for link in links if not (path.parent / link).exists()]
+    missing += [name for name in paths if not (ROOT / name).exists()]
+
+    assert missing == []
+
+
+@pytest.mark.parametrize("name", ["ARCHITECTURE.md", "CONTRIBUTING.md"])
+def test_documents_are_short(name: str) -> None:
+    assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_the_recipe_for_a_loss_works(tmp_path: Path) -> None:
+    for folder in ("src", "tests"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    recipe = {
+        block.text.splitlines()[0].removeprefix("# "): block.text
+        for block in blocks("python", "text")
+        if block.file == "CONTRIBUTING.md"
+    }
+
+    def add(file: str, before: str, text: str) -> None:
+        path = tmp_path / file
+        source = path.read_text(encoding="utf-8")
+        assert source.count(before) == 1, (file, before)
+        path.write_text(source.replace(before, text + before), encoding="utf-8")
+
+    methods, paired = "src/fiducial/config/methods.py", "src/fiducial/losses/paired.py"
+    table, values = "src/fiducial/losses/__init__.py", "tests/unit/losses/test_values.py"
+    add(methods, "\nAnyMethod = Annotated[", recipe[methods] + "\n")
+    add(methods, "DPOConfig | IPOConfig", "HingeConfig | ")
+    add(paired, "\ndef _smoothed_logistic", recipe[paired] + "\n")
+    add(table, "    methods.DPOConfig: dpo_loss,", recipe[table])
+    add(table, "\nLoss = Callable", "from fiducial.losses.paired import hinge_loss\n")
+    add(values, "    (methods.DPOConfig(beta=0.5), logistic(2.0), 0.5, -1.5),", recipe[values])
+
+    tests = ["tests/unit/losses/test_values.py", "tests/unit/losses/test_table.py"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *tests],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "src")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stdout
+    assert "test_needs_its_reference_or_ignores_one[HingeConfig] PASSED" in done.stdout
+
+
+def test_the_recipe_for_a_format_shows_our_code() -> None:
+    file = "src/fiducial/data/formats/trl.py"
+    block = next(block for block in blocks("python") if block.text.startswith(f"# {file}\n"))
+
+    assert block.text.partition("\n")[2] in (ROOT / file).read_text(encoding="utf-8")

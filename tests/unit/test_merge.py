@@ -1,0 +1,100 @@
+"""A merged checkpoint computes what base and adapter compute together."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fiducial.config.methods import DPOConfig
+from fiducial.config.schema import AdapterConfig, ModelConfig, OutputConfig, RunConfig
+from fiducial.errors import ConfigError, ModelError
+from fiducial.merge import merge_adapter
+from tiny import save_checkpoint, tiny_tokenizer
+
+IDS = torch.arange(40).view(2, 20)
+
+
+def trained_run(folder: Path, **lora: object) -> RunConfig:
+    """A run whose output_dir holds an adapter with weights far from their start."""
+    base = save_checkpoint(folder / "base")
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **lora)
+    policy = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in policy.named_parameters():
+        if "lora_" in name:
+            parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    policy.save_pretrained(folder / "out")
+    tokenizer = tiny_tokenizer(chat_template="{{ messages[0]['content'] }}")
+    tokenizer.save_pretrained(folder / "out")
+    return RunConfig(
+        model=ModelConfig(base_model=str(base)),
+        adapter=AdapterConfig(kind="lora", r=4),
+        method=DPOConfig(),
+        output=OutputConfig(output_dir=str(folder / "out")),
+    )
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize(
+    "lora", [{}, {"use_dora": True}, {"use_rslora": True}], ids=["lora", "dora", "rslora"]
+)
+def test_merged_logits_equal_the_adapters(tmp_path: Path, lora: dict[str, object]) -> None:
+    run = trained_run(tmp_path, **lora)
+
+    target = merge_adapter(run)
+
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    bare = logits(base)
+    adapted = logits(PeftModel.from_pretrained(base, tmp_path / "out"))
+    merged = logits(AutoModelForCausalLM.from_pretrained(target))
+    torch.testing.assert_close(merged, adapted, rtol=1e-5, atol=1e-5)
+    assert (merged - bare).abs().max() > 1
+
+
+def test_it_is_an_ordinary_checkpoint_with_the_trained_tokenizer(tmp_path: Path) -> None:
+    target = merge_adapter(trained_run(tmp_path), tmp_path / "elsewhere")
+
+    assert target == tmp_path / "elsewhere"
+    assert not list(target.glob("adapter*"))
+    assert not any("lora" in name for name in load_file(target / "model.safetensors"))
+    assert AutoTokenizer.from_pretrained(target).chat_template == "{{ messages[0]['content'] }}"
+
+
+def test_it_is_saved_in_the_bases_precision(tmp_path: Path) -> None:
+    run = trained_run(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    base.save_pretrained(tmp_path / "base")
+
+    target = merge_adapter(run)
+
+    assert {value.dtype for value in load_file(target / "model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_a_run_without_adapter_has_nothing_to_merge(tmp_path: Path) -> None:
+    run = trained_run(tmp_path).model_copy(update={"adapter": None})
+
+    with pytest.raises(ConfigError, match="nothing to merge"):
+        merge_adapter(run)
+
+
+def test_an_untrained_run_says_to_train_first(tmp_path: Path) -> None:
+    run = trained_run(tmp_path)
+    (tmp_path / "out" / "adapter_config.json").unlink()
+
+    with pytest.raises(ModelError, match="fiducial train"):
+        merge_adapter(run)
+
+
+@pytest.mark.parametrize("source", ["base", "out"])
+def test_it_does_not_write_over_what_it_merges(tmp_path: Path, source: str) -> None:
+    run = trained_run(tmp_path)
+
+    with pytest.raises(ConfigError, match="Name another folder"):
+        merge_adapter(run, tmp_path / source)
