@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch.distributed as dist
@@ -93,8 +93,13 @@ class LogpStore:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             found = json.loads(path.read_text()) if path.exists() else None
-        except (OSError, ValueError) as error:
-            raise CacheError(f"{path} cannot be read: {error}. Remove {self.folder}.") from error
+        except OSError as error:
+            raise CacheError(
+                f"reference log-probs cannot be kept in {self.folder}: {error}. Set another `output_dir`, or "
+                "make this one readable and writable."
+            ) from error
+        except ValueError as error:
+            raise CacheError(f"{path} is damaged: {error}. Remove {self.folder}.") from error
         if found is None:
             self._write(path.name, json.dumps(described, indent=1).encode())
             return
@@ -123,6 +128,7 @@ class LogpStore:
             ) from error
 
 
+@runtime_checkable
 class Groups(Protocol):
     """A dataset of groups."""
 
@@ -131,6 +137,7 @@ class Groups(Protocol):
     def __getitem__(self, index: int, /) -> TokenizedGroup: ...
 
 
+@runtime_checkable
 class ScoringReference(Protocol):
     """What is asked for log-probs: a `Reference` of `sources`, which imports this module."""
 

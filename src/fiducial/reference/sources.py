@@ -7,7 +7,7 @@ found it: training modes, adapters and `requires_grad` are back before the polic
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from peft import PeftModel
@@ -23,6 +23,7 @@ from fiducial.reference.cache import LogpStore
 from fiducial.reference.plan import ReferencePlan, Schedule, Source
 
 
+@runtime_checkable
 class Reference(Protocol):
     """Answers with the reference's log-probs of a batch, or None where there is no reference."""
 
