@@ -1,14 +1,33 @@
-"""From a batch to the log-prob of each scored token, under one model."""
+"""From a batch to the log-prob of each scored token, under one model.
 
-from collections.abc import Sequence
+Everything runs inside the call of the module that trains, whatever wraps it. Only hidden states of scored
+positions meet the head. Where the head is not a plain linear layer, the model makes the logits of those
+positions itself: always right, at the price of [scored, vocabulary] numbers.
+
+The model keeps its own attention: packed attention is set for the time of a call, and stays set only where
+layers will be recomputed in backward.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fiducial.data.batch import Layout, PackedBatch, pack
 from fiducial.data.tokenize import TokenizedGroup
 from fiducial.logps import TokenLogps
+from fiducial.model.attention import PACKED, SegmentsMissingError, carrier, register
+from fiducial.model.attention_plan import AttentionPlan, plan_attention
+from fiducial.model.head import token_logps
+from fiducial.model.logit_rule import LogitRule, backbone, measure_logit_rule
+from fiducial.model.mode import evaluating
+from fiducial.model.redirection import call_inside, causal_lm, swapped_forward
+
+_PROBE_TOKENS = 6
 
 
 class Scorer:
@@ -22,19 +41,133 @@ class Scorer:
         self.autocast = autocast
         self.module: nn.Module = model
         """What is called: the model, or what DDP or FSDP wrapped it in."""
+        self._inner = causal_lm(model)
+        self._stock_attention = stock_attention(self._inner)
+        self._rule: LogitRule | None = None
+        self._measured = False
+        self._by_carrier = False
+        if layout == "packed":
+            register()
 
     def pack(self, groups: Sequence[TokenizedGroup]) -> PackedBatch:
         """Lay `groups` out for this model."""
         return pack(groups, layout=self.layout)
 
     def __call__(self, batch: PackedBatch) -> TokenLogps:
-        """Log-prob of every scored token, with gradient where the model has it."""
+        """Log-prob of every scored token, with gradient where the model has it.
+
+        Raises:
+            ModelError: the model's attention asks for something that packed attention does not compute.
+        """
         batch = batch.to(self.model.device)
-        logits = self.module(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-        ).logits
-        scored = logits.flatten(0, 1)[batch.source].float().log_softmax(-1)
-        values = scored.gather(-1, batch.target[:, None])[:, 0]
+        if not self._measured:
+            self._measure_head(batch)
+        with self._attention(self._implementation(batch)):
+            values = self._score(batch)
         return TokenLogps(values, batch.sequence, batch.num_sequences)
+
+    def restore_attention(self) -> None:
+        """Give the model its own attention back, for any use of it but through a Scorer."""
+        set_attention(self._inner, self._stock_attention)
+
+    def _score(self, batch: PackedBatch) -> Float[Tensor, " scored"]:
+        plan = None if batch.segments is None else plan_attention(batch.segments, batch.input_ids.device)
+        try:
+            return self._run(batch, lambda forward: self._token_logps(batch, plan, forward))
+        except SegmentsMissingError:
+            if self._by_carrier:
+                raise
+        self._by_carrier = True
+        return self._run(batch, lambda forward: self._token_logps(batch, plan, forward))
+
+    def _run(self, batch: PackedBatch, run: Callable[[Callable[..., Any]], Tensor]) -> Tensor:
+        device = batch.input_ids.device.type
+        with torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None):
+            return call_inside(self.module, self._inner, run, input_ids=batch.input_ids)
+
+    def _token_logps(
+        self, batch: PackedBatch, plan: AttentionPlan | None, forward: Callable[..., Any]
+    ) -> Float[Tensor, " scored"]:
+        inputs = self._inputs(batch, plan)
+        if self._rule is None:
+            return _logps_of_logits(batch, forward, inputs)
+        hidden = backbone(self._inner)(**inputs)[0].flatten(0, 1)[batch.source]
+        rule, head = self._rule, self._inner.get_output_embeddings()
+
+        def score(scored: Tensor) -> Tensor:
+            weight, bias = head.weight, head.bias
+            return token_logps(
+                scored, weight, batch.target, bias=bias, softcap=rule.softcap, scale=rule.scale
+            )
+
+        with swapped_forward(head, score):
+            logps: Tensor = head(hidden)
+        return logps
+
+    def _inputs(self, batch: PackedBatch, plan: AttentionPlan | None) -> dict[str, Any]:
+        inputs: dict[str, Any] = {
+            "input_ids": batch.input_ids,
+            "position_ids": batch.position_ids,
+            "attention_mask": batch.attention_mask,
+            "use_cache": False,
+        }
+        if plan is not None and self._by_carrier:
+            inputs["attention_mask"] = carrier(plan, batch.input_ids.device)
+        elif plan is not None:
+            # All ones: without a mask transformers would take the restarts of the position ids for packing.
+            inputs["attention_mask"] = torch.ones_like(batch.input_ids)
+            inputs["segments"] = plan
+        return inputs
+
+    def _measure_head(self, batch: PackedBatch) -> None:
+        probe = batch.input_ids[:1, :_PROBE_TOKENS]
+
+        def measure(forward: Callable[..., Any]) -> Tensor:
+            self._rule = measure_logit_rule(self._inner, forward, input_ids=probe)
+            return probe.new_zeros(1, dtype=torch.float32)
+
+        with evaluating(self._inner), torch.no_grad(), self._attention(self._stock_attention):
+            self._run(batch, measure)
+        self._measured = True
+
+    def _implementation(self, batch: PackedBatch) -> str:
+        return self._stock_attention if batch.segments is None else PACKED
+
+    @contextmanager
+    def _attention(self, name: str) -> Iterator[None]:
+        set_attention(self._inner, name)
+        try:
+            yield
+        finally:
+            if not (torch.is_grad_enabled() and _recomputes(self._inner)):
+                self.restore_attention()
+
+
+def stock_attention(model: PreTrainedModel) -> str:
+    """The implementation `model` was loaded with."""
+    name: str = model.config.get_text_config()._attn_implementation
+    if name == PACKED:  # another Scorer awaits this model's backward pass
+        return "sdpa" if model._supports_sdpa else "eager"
+    return name
+
+
+def set_attention(model: PreTrainedModel, name: str) -> None:
+    """Switch all of `model`'s layers to the implementation `name`, unless they have it."""
+    if model.config.get_text_config()._attn_implementation != name:
+        model.set_attn_implementation(name)
+
+
+def _recomputes(model: nn.Module) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def _logps_of_logits(
+    batch: PackedBatch, forward: Callable[..., Any], inputs: dict[str, Any]
+) -> Float[Tensor, " scored"]:
+    length = batch.input_ids.shape[1]
+    columns, column = torch.unique(batch.source % length, return_inverse=True)
+    logits = forward(**inputs, logits_to_keep=columns).logits
+    scored = logits[batch.source // length, column]
+    wide = torch.promote_types(scored.dtype, torch.float32)
+    logps: Tensor = scored.to(wide).log_softmax(-1)
+    return logps.gather(-1, batch.target[:, None])[:, 0]

@@ -1,0 +1,157 @@
+"""Whether a model can be packed: measured on the model, not looked up by its name.
+
+Cheap questions first: does it take packed attention, does anything but attention mix tokens, do its positions
+mean the same in a longer row. Then three short passes decide. Changing one completion must not move any other
+sequence by a single bit, and packed log-probs must equal padded ones. A model that fails anywhere is scored
+padded, which is always right, and the reason is told.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fiducial.data.batch import Layout
+from fiducial.data.tokenize import TokenizedGroup
+from fiducial.errors import ModelError
+from fiducial.model.attention import PACKED, register
+from fiducial.model.mode import evaluating
+from fiducial.model.redirection import causal_lm
+from fiducial.model.scoring import Scorer, set_attention, stock_attention
+
+_ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+_MEAN_DIFFERENCE = {torch.float64: 1e-8, torch.float32: 1e-4}
+"""Largest mean difference in nats that rounding explains; a leak between completions makes 0.06 or more."""
+_HALF_MEAN_DIFFERENCE = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class LayoutChoice:
+    """A layout, and the sentence that tells why."""
+
+    layout: Layout
+    why: str
+
+
+class _NotPackableError(Exception):
+    """Why the model cannot be packed."""
+
+
+def choose_layout(
+    model: PreTrainedModel,
+    groups: Sequence[TokenizedGroup],
+    *,
+    packing: bool | None,
+    longest: int | None = None,
+    autocast: torch.dtype | None = None,
+) -> LayoutChoice:
+    """The layout to score with: packed where `model` is exact in it, unless `packing` is False.
+
+    Measured on the longest of `groups` and another. `longest` is the longest prompt + completion that will
+    ever be scored; None: that of `groups`. The model comes back as it was: mode, attention, random state.
+
+    Raises:
+        ModelError: `packing` is True and the model cannot be packed.
+    """
+    if packing is False:
+        return LayoutChoice("padded", "Packing is switched off.")
+    try:
+        with _as_it_was(model):
+            _ask(model, longest or max((group.longest for group in groups), default=0))
+            _measure(model, groups, autocast)
+    except _NotPackableError as reason:
+        if packing:
+            raise ModelError(f"packing: true, but {reason} Set `packing: false`, or leave it out.") from None
+        return LayoutChoice("padded", f"Not packed: {reason}")
+    return LayoutChoice("packed", "Packed log-probs equal padded ones, and no completion sees another.")
+
+
+@contextmanager
+def _as_it_was(model: PreTrainedModel) -> Iterator[None]:
+    inner = causal_lm(model)
+    attention = stock_attention(inner)
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.no_grad(), evaluating(model):
+        try:
+            yield
+        finally:
+            set_attention(inner, attention)
+
+
+def _ask(model: PreTrainedModel, longest: int) -> None:
+    inner = causal_lm(model)
+    config: Any = inner.config.get_text_config()
+    name = type(inner).__name__
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        raise _NotPackableError("the adapter puts tokens of its own before the prompt.")
+    mixing = set(getattr(config, "layer_types", None) or ()) - _ATTENTION_LAYERS
+    if mixing or inner._is_stateful:
+        layers = ", ".join(sorted(mixing)) or "recurrent"
+        raise _NotPackableError(f"{name} has {layers} layers, which carry one sequence into the next.")
+    limit = _rope_limit(config)
+    if limit is not None and longest > limit:
+        raise _NotPackableError(
+            f"{name}'s rotary positions change for the whole row once it holds a sequence of more than "
+            f"{limit} tokens, and the longest here has {longest}."
+        )
+    register()
+    set_attention(inner, PACKED)
+    if config._attn_implementation != PACKED:
+        raise _NotPackableError(f"{name} does not take its attention from transformers' AttentionInterface.")
+
+
+def _rope_limit(config: Any) -> int | None:
+    """Longest sequence for which rotary frequencies do not depend on the row; None where they never do."""
+    ropes: Any = getattr(config, "rope_parameters", None) or {}
+    limits = []
+    for rope in [ropes, *(part for part in ropes.values() if isinstance(part, dict))]:
+        if rope.get("rope_type") == "dynamic":
+            limits.append(config.max_position_embeddings)
+        if rope.get("rope_type") == "longrope":
+            limits.append(rope.get("original_max_position_embeddings", config.max_position_embeddings))
+    return min(limits, default=None)
+
+
+def _measure(model: PreTrainedModel, groups: Sequence[TokenizedGroup], autocast: torch.dtype | None) -> None:
+    if not groups:
+        raise _NotPackableError("there is no data to measure it on.")
+    by_length = sorted(groups, key=lambda group: group.longest)
+    sample = [by_length[-1], by_length[0]]
+    vocab_size = causal_lm(model).config.get_text_config().vocab_size
+    packed = Scorer(model, layout="packed", autocast=autocast)
+    values = _packed_logps(packed, sample)
+    moved = _packed_logps(packed, [_with_other_first_completion(sample[0], vocab_size), sample[1]])
+    others = slice(len(sample[0].completions[0]), None)
+    leak = (values[others] - moved[others]).abs().max().item()
+    if leak != 0:
+        raise _NotPackableError(
+            f"changing one completion moved another sequence's log-probs by {leak:.2g} nats."
+        )
+    padded = Scorer(model, layout="padded", autocast=autocast)
+    difference = (values - padded(padded.pack(sample)).values).abs().mean().item()
+    allowed = _MEAN_DIFFERENCE.get(autocast or model.dtype, _HALF_MEAN_DIFFERENCE)
+    if not difference <= allowed:
+        raise _NotPackableError(
+            f"packed log-probs differ from padded ones by {difference:.2g} nats a token, more than the "
+            f"{allowed:.2g} that rounding explains."
+        )
+
+
+def _packed_logps(scorer: Scorer, groups: Sequence[TokenizedGroup]) -> Float[Tensor, " scored"]:
+    try:
+        return scorer(scorer.pack(groups)).values
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a model's own code may fail in any way on a row it was not written for
+        raise _NotPackableError(f"its packed forward pass failed: {error}") from error
+
+
+def _with_other_first_completion(group: TokenizedGroup, vocab_size: int) -> TokenizedGroup:
+    first, *rest = group.completions
+    return TokenizedGroup(group.prompt, ((first + 1) % vocab_size, *rest))
