@@ -12,13 +12,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fiducial.model.attention_blocks import Heads, ScoreRule
+from fiducial.model.attention_blocks import Key, Query, ScoreRule, Value
 from fiducial.model.attention_plan import VariableLengthIndex
 
 _MAX_HEAD_DIM = 256
 
 
-def can_run(query: Heads, value: Heads, rule: ScoreRule, sinks: Tensor | None) -> bool:
+def can_run(query: Query, value: Value, rule: ScoreRule, sinks: Tensor | None) -> bool:
     """Whether an installed kernel computes exactly `rule` for these tensors."""
     half = value.dtype in (torch.bfloat16, torch.float16)
     width = query.shape[2]
@@ -29,7 +29,7 @@ def can_run(query: Heads, value: Heads, rule: ScoreRule, sinks: Tensor | None) -
 
 
 def variable_length_attention(
-    query: Heads, key: Heads, value: Heads, index: VariableLengthIndex, rule: ScoreRule
+    query: Query, key: Key, value: Value, index: VariableLengthIndex, rule: ScoreRule
 ) -> Float[Tensor, "row heads value_dim"]:
     """softmax(scores) · value for every query of the row; `key` and `value` may have fewer heads."""
     queries = query.to(value.dtype).transpose(0, 1).contiguous()
