@@ -75,6 +75,18 @@ def test_a_different_loss_is_refused(wrong: float) -> None:
         agree("ours", other, RESULT)
 
 
+@pytest.mark.parametrize(("reward", "agrees"), [(-5.0004, True), (-5.0006, False)])
+def test_a_large_rewards_tolerance_grows_with_it(reward: float, agrees: bool) -> None:
+    expected, ours = (
+        replace(RESULT, logs=[STEP, STEP | {"rewards/rejected": value}]) for value in (-5.0, reward)
+    )
+    if agrees:
+        agree("ours", ours, expected)
+    else:
+        with pytest.raises(DisagreementError, match="rewards/rejected"):
+            agree("ours", ours, expected)
+
+
 def test_missing_steps_are_refused() -> None:
     with pytest.raises(DisagreementError, match="logged 1 steps, TRL 2"):
         agree("ours", replace(RESULT, logs=[STEP]), RESULT)

@@ -5,19 +5,18 @@ found it: training modes, adapters and `requires_grad` are back before the polic
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
 from peft import PeftModel
-from torch import nn
 
 from fiducial.data.batch import PackedBatch
 from fiducial.data.tokenize import TokenIds
 from fiducial.errors import CacheError
 from fiducial.logps import TokenLogps
 from fiducial.model.adapters import REFERENCE_ADAPTER, active_adapter, adapters_off, freeze_copy
+from fiducial.model.mode import evaluating
 from fiducial.model.scoring import Scorer
 from fiducial.reference.cache import LogpStore
 from fiducial.reference.plan import ReferencePlan, Schedule, Source
@@ -171,19 +170,6 @@ def build_scoring_reference(
     assert plan.schedule is Schedule.PRECOMPUTED, "nothing is scored ahead of time"
     source = Source.INITIAL_POLICY if plan.source is Source.FROZEN_ADAPTER else plan.source
     return SOURCES[source](scorer, reference_scorer)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, every module is in eval mode; afterwards each is in its own mode again."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _score_frozen(scorer: Scorer, batch: PackedBatch) -> TokenLogps:

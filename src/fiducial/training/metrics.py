@@ -10,8 +10,8 @@ Names are those the dashboards of other preference trainers already know.
                                 policy that still equals its reference stands at 0.5
     logps/chosen, /rejected     log-prob of the whole completion under the policy
     kl                          log-ratio of a completion to the reference, over chosen and rejected alike: an
-                                estimate of the KL divergence as far as the policy would write them itself, and
-                                below zero where it would not; absent without a reference
+                                estimate of the KL divergence as far as the policy would write them itself,
+                                and below zero where it would not; absent without a reference
     lengths/chosen, /rejected   tokens of the completion
 """
 
