@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -88,6 +89,19 @@ def save_checkpoint(path: Path, family: str = "llama", *, seed: int = 0, **overr
     """A checkpoint folder with model and tokenizer, as the hub would hold it."""
     tiny_model(family, seed=seed, **overrides).save_pretrained(path)
     tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+def save_adapter(path: Path, base: Path) -> Path:
+    """A rank-4 LoRA on the checkpoint `base` that has been trained: it moves the policy from its base."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    adapter = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, value in adapter.named_parameters():
+            if "lora_B" in name:
+                value.normal_(std=0.2)
+    adapter.save_pretrained(path)
     return path
 
 

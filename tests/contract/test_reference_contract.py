@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -32,7 +31,7 @@ from fiducial.reference.sources import (
     build_scoring_reference,
 )
 from fiducial.reference.verify import check_unmoved, prove_reference, require_adapter_off
-from tiny import random_groups, save_checkpoint, tiny_tokenizer
+from tiny import random_groups, save_adapter, save_checkpoint, tiny_tokenizer
 
 GROUPS = random_groups(4)
 LORA: dict[str, Any] = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True}
@@ -95,14 +94,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("contract")
     save_checkpoint(folder / "llama")
     save_checkpoint(folder / "qwen2", "qwen2")
-    model = AutoModelForCausalLM.from_pretrained(folder / "llama")
-    adapter = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, value in adapter.named_parameters():
-            if "lora_B" in name:
-                value.normal_(std=0.2)
-    adapter.save_pretrained(folder / "adapter")
+    save_adapter(folder / "adapter", folder / "llama")
     return folder
 
 

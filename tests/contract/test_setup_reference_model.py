@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fiducial.config.load import DictDefault, validate_config
 from fiducial.model.loader import ModelLoader
 from fiducial.reference.setup import setup_reference_model
-from tiny import save_checkpoint, tiny_tokenizer
+from tiny import save_adapter, save_checkpoint, tiny_tokenizer
 
 LORA = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True}
 ROWS = [
@@ -28,14 +28,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("contract")
     save_checkpoint(folder / "base", tie_word_embeddings=True)
     save_checkpoint(folder / "other", seed=1)
-    model = AutoModelForCausalLM.from_pretrained(folder / "base")
-    adapter = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, value in adapter.named_parameters():
-            if "lora_B" in name:
-                value.normal_(std=0.2)
-    adapter.save_pretrained(folder / "adapter")
+    save_adapter(folder / "adapter", folder / "base")
     return folder
 
 
