@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fiducial.model.logit_rule import PLAIN, LogitRule
+from fiducial.model.products import add_product, product, write_product
 from fiducial.model.statistics import Gathering
 
 KEPT_BYTES = 256 * 2**20
@@ -217,7 +218,7 @@ class _Head:
         return _Totals(target, torch.logaddexp(totals.log_total, chunk.log_total))
 
     def _look(self, start: int, rows: Tensor) -> _Chunk:
-        logits = (self.hidden @ rows.T).to(self.wide)
+        logits = product(self.hidden, rows.T).to(self.wide)
         if self.bias is not None:
             logits = logits + self.bias[start : start + len(rows)].to(self.wide)
         logits = self.rule(logits)
@@ -244,21 +245,3 @@ class _Head:
         """Column of each token's target in this chunk, and whether it is in it at all."""
         local = self.targets - start
         return local.clamp(0, length - 1)[:, None], (local >= 0) & (local < length)
-
-
-def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left @ right to `total`, summed in its precision."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    elif left.is_cuda:  # the one place where half-precision products can be summed in float32
-        total.copy_(torch.addmm(total, left, right, out_dtype=total.dtype))
-    else:
-        total += left @ right
-
-
-def write_product(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """Put left @ right into `out`, without a copy where the dtypes agree."""
-    if left.dtype == out.dtype:
-        torch.mm(left, right, out=out)
-    else:
-        out.copy_(left @ right)

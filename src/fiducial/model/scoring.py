@@ -9,7 +9,7 @@ layers will be recomputed in backward.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from fiducial.model.attention_plan import AttentionPlan, plan_attention
 from fiducial.model.divergence import Distribution
 from fiducial.model.logit_rule import LogitRule, backbone, measure_logit_rule
 from fiducial.model.mode import evaluating
+from fiducial.model.products import fast_products
 from fiducial.model.readout import Readout
 from fiducial.model.redirection import call_inside, causal_lm, swapped_forward
 
@@ -106,7 +107,8 @@ class Scorer:
 
     def _run(self, batch: PackedBatch, run: Callable[[Callable[..., Any]], Tensor]) -> Tensor:
         device = batch.input_ids.device.type
-        with torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None):
+        products = nullcontext() if _will_recompute(self._inner) else fast_products()
+        with torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None), products:
             return call_inside(self.module, self._inner, run, input_ids=batch.input_ids)
 
     def _token_logps(
@@ -164,7 +166,7 @@ class Scorer:
         try:
             yield
         finally:
-            if not (torch.is_grad_enabled() and _recomputes(self._inner)):
+            if not _will_recompute(self._inner):
                 self.restore_attention()
 
 
@@ -182,8 +184,11 @@ def set_attention(model: PreTrainedModel, name: str) -> None:
         model.set_attn_implementation(name)
 
 
-def _recomputes(model: nn.Module) -> bool:
-    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+def _will_recompute(model: nn.Module) -> bool:
+    """Whether backward will run layers of `model` again."""
+    return torch.is_grad_enabled() and any(
+        getattr(module, "gradient_checkpointing", False) for module in model.modules()
+    )
 
 
 def _scored_logits(
