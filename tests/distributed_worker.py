@@ -5,6 +5,7 @@ Writes, from rank 0, the gradients of each optimizer step, what was logged, and 
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,8 @@ class MeanPerProcess(PreferenceTrainer):
     """What averaging each process's own mean would do: the negative control."""
 
     def _cut(self, groups):
-        _, micro_batches = super()._cut(groups)
-        return max(len(groups), 1) * self.accelerator.num_processes, micro_batches
+        alone = max(len(groups), 1) * self.accelerator.num_processes
+        return replace(super()._cut(groups), num_groups=alone)
 
 
 def shard(trainer: PreferenceTrainer) -> None:

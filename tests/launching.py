@@ -17,7 +17,8 @@ def torchrun(script: Path, *arguments: str, timeout: int = 600) -> None:
         *("--master-addr", "127.0.0.1", "--master-port", str(port)),
         *(str(script), *arguments),
     ]
-    environment = os.environ | {"PYTHONPATH": str(script.parent), "OMP_NUM_THREADS": "1"}
+    found = os.pathsep.join(filter(None, [str(script.parent), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": found, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         launch, env=environment, capture_output=True, text=True, timeout=timeout, check=False
     )

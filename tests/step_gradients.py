@@ -20,6 +20,7 @@ from fiducial.logps import Comparison
 from fiducial.losses import LOSSES, Loss, build_loss
 from fiducial.losses.output import LossOutput
 from fiducial.model.scoring import Scorer
+from fiducial.reference.sources import NoReference
 from fiducial.training.objective import Objective
 from tiny import random_groups, tiny_model
 from training_harness import StoredReference
@@ -115,25 +116,27 @@ def cut(groups: Sequence[TokenizedGroup], passes: int) -> list[list[TokenizedGro
     return [list(groups[index::passes]) for index in range(passes)]
 
 
+def objective_of(loss: Loss, groups: Sequence[TokenizedGroup], *, dropout: float = 0.0) -> Objective:
+    """`loss` of a policy that has moved, against the stored log-probs of another model."""
+    objective = Objective(Scorer(policy(dropout), layout="packed"), NoReference(), loss)
+    stored = StoredReference(Scorer(tiny_model(seed=1, num_hidden_layers=1), layout="packed"), ())
+    for part in objective.parts(groups):
+        stored.add(part)
+    objective.reference = stored
+    return objective
+
+
 def gradient(loss: Loss, passes: Sequence[Sequence[TokenizedGroup]], *, dropout: float = 0.0) -> Tensor:
     """Of the mean loss over the step's groups, as one vector; processes add theirs up.
 
     The last two numbers are the mean loss and the sum of what the loss carries on.
     """
-    model = policy(dropout)
-    scorer = Scorer(model, layout="packed")
-    every = (
-        [group for part in passes for group in part]
-        if loss.ahead is None
-        else random_groups(GROUPS, longest=12)
-    )
-    reference = StoredReference(Scorer(tiny_model(seed=1, num_hidden_layers=1), layout="packed"), every)
-    objective = Objective(scorer, reference, loss)
-    if loss.ahead is not None:
-        reference.add([loss.ahead(group) for group in every])
+    objective = objective_of(loss, [group for part in passes for group in part], dropout=dropout)
+    model = objective.scorer.model
     model.train()
     torch.manual_seed(1)
-    step, total = objective.step(passes), torch.zeros(())
+    trained, ahead = zip(*map(objective.parts, passes), strict=True)
+    step, total = objective.step(trained, ahead if loss.ahead else ()), torch.zeros(())
     for index in range(len(passes)):
         output = step(index).output
         (output.loss.sum() / GROUPS).backward()

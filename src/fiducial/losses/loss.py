@@ -9,6 +9,8 @@ Most losses read the log-probs of one pair at a time. A few need more, and say s
 - `count`: a number of each group that is known without scoring it; its mean over the step's groups is the
   keyword argument `mean_count`.
 - `running`: numbers carried from one optimizer step to the next, and into checkpoints.
+
+An evaluation is one step that is not taken: it holds every group of the evaluation set.
 """
 
 from collections.abc import Callable, Mapping

@@ -14,6 +14,17 @@ def num_processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def gather_numbers(numbers: Sequence[int], device: torch.device) -> list[list[int]]:
+    """The numbers of every process, process by process."""
+    if num_processes() == 1:
+        return [list(numbers)]
+    own = torch.tensor(numbers, device=device)
+    rows = [torch.empty_like(own) for _ in range(num_processes())]
+    dist.all_gather(rows, own)
+    table: list[list[int]] = torch.stack(rows).tolist()
+    return table
+
+
 def gather_mean(values: Sequence[float], device: torch.device) -> float:
     """Mean over the values of all processes; 0 where there are none."""
     totals = torch.tensor([sum(values), len(values)], dtype=torch.float32, device=device)
@@ -30,11 +41,9 @@ def gather_comparisons(parts: Sequence[Comparison]) -> tuple[list[Comparison], s
     """
     if num_processes() == 1:
         return list(parts), slice(0, len(parts))
-    rows = torch.tensor([len(part.policy.sum) for part in parts], device=parts[0].policy.sum.device)
-    sizes = [torch.empty_like(rows) for _ in range(num_processes())]
-    dist.all_gather(sizes, rows)
+    sizes = gather_numbers([len(part.policy.sum) for part in parts], parts[0].policy.sum.device)
     table = torch.cat([_as_table(part) for part in parts])
-    most = max(int(size.sum()) for size in sizes)
+    most = max(map(sum, sizes))
     padded = table.new_zeros(most, table.shape[1])
     padded[: len(table)] = table
     tables = [torch.empty_like(padded) for _ in sizes]
@@ -42,7 +51,7 @@ def gather_comparisons(parts: Sequence[Comparison]) -> tuple[list[Comparison], s
     everyone = [
         _from_table(piece, parts[0])
         for size, whole in zip(sizes, tables, strict=True)
-        for piece in torch.split(whole[: int(size.sum())], size.tolist())
+        for piece in torch.split(whole[: sum(size)], size)
     ]
     first = dist.get_rank() * len(parts)
     return everyone, slice(first, first + len(parts))

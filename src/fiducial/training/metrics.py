@@ -71,7 +71,7 @@ class MetricSums:
             values["kl"] = policy.sum - reference.sum
         values |= output.metrics
         for name, counted in values.items():
-            self._add(name, counted.sum(), counted.numel())
+            self._add(name, counted.sum(dtype=self.dtype), counted.numel())
         self._add(_TOKENS, tokens, 1)
 
     def _add(self, name: str, total: Tensor | float, count: int) -> None:

@@ -50,9 +50,41 @@ class Objective:
     def __post_init__(self) -> None:
         self.running = dict(self.loss.running) | self.running
 
-    def step(self, micro_batches: Sequence[Groups]) -> "Step":
-        """All forward passes of one optimizer step on this process: as many as on every other process."""
-        return Step(self, micro_batches)
+    def parts(self, groups: Groups) -> tuple[list[TokenizedGroup], list[TokenizedGroup]]:
+        """What the loss reads of each group, and what is scored before it, if anything is."""
+        trained, ahead = self.loss.trained, self.loss.ahead
+        return (
+            [trained(group) for group in groups] if trained else list(groups),
+            [ahead(group) for group in groups] if ahead else [],
+        )
+
+    def step(self, passes: Sequence[Groups], ahead: Sequence[Groups] = ()) -> "Step":
+        """The forward passes of one optimizer step on this process: as many as on every other process.
+
+        Args:
+            passes: those that the loss reads, over what `parts` gives first.
+            ahead: those that are scored before, without gradient, over what it gives second.
+        """
+        return Step(self, passes, ahead)
+
+    def score_ahead(self, passes: Sequence[Groups]) -> list[Comparison]:
+        """Each pass without gradient, and without dropout, which would only blur an estimate."""
+        with torch.no_grad(), evaluating(self.scorer.model):
+            return [self.compare(each) for each in passes]
+
+    def known(self, ahead: Sequence[Comparison], counts: Sequence[float]) -> dict[str, object]:
+        """What the loss is told of all processes' groups, from what was scored ahead here and `counts`."""
+        known = dict[str, object](self.running)
+        if self.loss.foreknow is not None:
+            known |= self.loss.foreknow(Comparison.concatenate(gather_comparisons(ahead)[0]))
+        if self.loss.count is not None:
+            known["mean_count"] = gather_mean(counts, self.scorer.model.device)
+        return known
+
+    def counts(self, passes: Sequence[Groups]) -> list[int]:
+        """The number that the loss counts of each group, if it counts one."""
+        count = self.loss.count
+        return [] if count is None else [count(group) for each in passes for group in each]
 
     def compare(self, groups: Groups) -> Comparison:
         """One forward pass; the policy's log-probs carry gradient where grad mode is on."""
@@ -88,12 +120,11 @@ class Objective:
 class Step:
     """The forward passes of one optimizer step, each called once and in order."""
 
-    def __init__(self, objective: Objective, micro_batches: Sequence[Groups]) -> None:
+    def __init__(self, objective: Objective, passes: Sequence[Groups], ahead: Sequence[Groups]) -> None:
         self.objective = objective
         self.loss = objective.loss
-        trained = self.loss.trained
-        self.passes = [[trained(group) for group in each] if trained else each for each in micro_batches]
-        self._known = self._foreknown(micro_batches) | objective.running
+        self.passes = passes
+        self._known = objective.known(objective.score_ahead(ahead), objective.counts(passes))
         self._running: Mapping[str, float] = {}
         self._weighed: list[WeighedPass] = []
         self._replays: list[Replay] = []
@@ -101,13 +132,11 @@ class Step:
             self._weigh()
 
     def __call__(self, index: int) -> Scored:
-        """Pass number `index`; its loss carries gradient where grad mode is on."""
+        """Pass number `index`, whose loss carries gradient."""
         if not self._weighed:
             comparison = self.objective.compare(self.passes[index])
             return Scored(comparison.detach(), self._loss(comparison))
         weighed = self._weighed[index]
-        if not torch.is_grad_enabled():
-            return Scored(weighed.comparison, weighed.output)
         with self._replays[index].again():
             policy = self.objective.compare(self.passes[index]).policy
         return Scored(weighed.comparison, weighed.with_gradient(policy))
@@ -120,21 +149,6 @@ class Step:
         output = self.loss(comparison, **self._known)
         self._running = output.running
         return output
-
-    def _foreknown(self, micro_batches: Sequence[Groups]) -> dict[str, object]:
-        loss, model, known = self.loss, self.objective.scorer.model, dict[str, object]()
-        if loss.ahead is not None:
-            assert loss.foreknow is not None, "scored ahead, and for nothing"
-            # Dropout would only blur an estimate that carries no gradient.
-            with torch.no_grad(), evaluating(model):
-                parts = [
-                    self.objective.compare([loss.ahead(group) for group in each]) for each in micro_batches
-                ]
-            known |= loss.foreknow(Comparison.concatenate(gather_comparisons(parts)[0]))
-        if loss.count is not None:
-            counts = [loss.count(group) for each in micro_batches for group in each]
-            known["mean_count"] = gather_mean(counts, model.device)
-        return known
 
     def _weigh(self) -> None:
         """The whole step's loss on numbers alone, and its gradient with respect to each of them."""

@@ -6,8 +6,7 @@ It knows no loss, no kind of reference and no data format; it is handed finished
 - A dataloader item is the list of all groups of one optimizer step on this process. `training_step` cuts it
   by a token budget and scales every loss by (processes / groups of the step in all processes), because DDP
   and FSDP average over processes: the gradient is the mean over the step's groups, whatever the cut.
-- Every process makes the same number of passes, with an empty batch of weight 0 where it has nothing left:
-  FSDP gathers weights in each pass, and a process that made fewer would leave the others waiting.
+- An evaluation is one step that is not taken: its loss is that of the whole evaluation set at once.
 - Metrics are sums and counts, added up over processes once per step.
 """
 
@@ -27,14 +26,16 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
-from fiducial.data.micro_batches import COSTS, Load, cut, largest
+from fiducial.data.micro_batches import Load
 from fiducial.data.tokenize import TokenizedGroup
 from fiducial.model.adapters import POLICY_ADAPTER
 from fiducial.training.callbacks import KeepsFiles, LossMemory, RunningMetrics, restore_callbacks
 from fiducial.training.dataloader import Process, step_dataloader
+from fiducial.training.evaluation import Evaluation
 from fiducial.training.failures import budget_too_large, group_does_not_fit, loss_not_finite
 from fiducial.training.metrics import MetricSums
 from fiducial.training.objective import Objective, Scored
+from fiducial.training.passes import Passes, costliest, cut_step, floating_point_ops
 
 logger = logging.getLogger(__name__)
 
@@ -115,15 +116,17 @@ class PreferenceTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Every metric as its exact mean over all groups, whatever the batches and processes."""
+        """Every metric of the whole evaluation set as one step, whatever the batches and processes."""
         self.model.train(False)
         self._optimizer_mode("eval")
         self.objective.scorer.module = self.model
         self.callback_handler.eval_dataloader = dataloader
-        sums = MetricSums(self.args.device)
+        evaluation = Evaluation(self.objective)
         for groups in dataloader:
-            sums.merge(self._shrinking(groups, partial(self._score, groups)))
+            self._shrinking(groups, partial(self._score, evaluation, groups))
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        sums = MetricSums(self.args.device)
+        _count(sums, evaluation.finish(), [])
         sums.reduce()
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in sums.means().items()}
         return EvalLoopOutput(np.empty(0), None, metrics, sums.num_pairs)
@@ -152,9 +155,8 @@ class PreferenceTrainer(Trainer):
         return self._dataloader(chosen, self.args.per_device_eval_batch_size, shuffle=False)
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """6 operations per trained weight and token, 4 per frozen one: no gradient of the weight itself."""
-        per_token = sum(p.numel() * (6 if p.requires_grad else 4) for p in self.model.parameters())
-        return per_token * Load.of(inputs).tokens
+        """Of one step's products with weights."""
+        return floating_point_ops(inputs, self.objective)
 
     def load_weights(self, folder: Path) -> None:
         """Put the weights (or the adapter) saved in `folder` into the model."""
@@ -205,13 +207,13 @@ class PreferenceTrainer(Trainer):
 
     def _forward_backward(self, model: nn.Module, groups: Groups) -> tuple[Tensor, MetricSums]:
         model.zero_grad()  # of what an attempt that ran out of memory left behind
-        num_groups, micro_batches = self._cut(groups)
-        weight = self.accelerator.num_processes / max(num_groups, 1)
+        passes = self._cut(groups)
+        weight = self.accelerator.num_processes / max(passes.num_groups, 1)
         total, sums = torch.zeros((), device=self.args.device), MetricSums(self.args.device)
         losses: list[Tensor] = []
-        score = self.objective.step(micro_batches)
-        for index, micro_batch in enumerate(micro_batches):
-            last = index == len(micro_batches) - 1
+        score = self.objective.step(passes.trained, passes.ahead)
+        for index, micro_batch in enumerate(passes.trained):
+            last = index == len(passes.trained) - 1
             with nullcontext() if last else self.accelerator.no_sync(model):
                 scored = score(index)
                 loss = scored.output.loss.sum() * weight
@@ -222,28 +224,16 @@ class PreferenceTrainer(Trainer):
             _count(sums, scored, micro_batch)
         if not torch.isfinite(total):
             step, learning_rate = self.state.global_step + 1, self._get_learning_rate()
-            raise loss_not_finite(micro_batches, losses, step=step, learning_rate=learning_rate)
+            raise loss_not_finite(passes.trained, losses, step=step, learning_rate=learning_rate)
         score.finish()
         return total, sums
 
-    def _score(self, groups: Groups) -> MetricSums:
-        sums = MetricSums(self.args.device)
-        micro_batches = self._cut(groups)[1]
-        with torch.no_grad():
-            score = self.objective.step(micro_batches)
-            for index, micro_batch in enumerate(micro_batches):
-                _count(sums, score(index), micro_batch)
-        return sums
+    def _score(self, evaluation: Evaluation, groups: Groups) -> None:
+        passes = self._cut(groups)
+        evaluation.score(passes.trained, passes.ahead)
 
-    def _cut(self, groups: Groups) -> tuple[int, list[list[TokenizedGroup]]]:
-        """How many groups all processes have, and this one's micro-batches: as many as every other's."""
-        cost = COSTS[self.objective.scorer.layout]
-        micro_batches = cut(groups, self.running.micro_batch_tokens, cost=cost)
-        num_groups, passes = len(groups), max(len(micro_batches), 1)
-        if self.accelerator.num_processes > 1:
-            counts = self.accelerator.gather(torch.tensor([[num_groups, passes]], device=self.args.device))
-            num_groups, passes = int(counts[:, 0].sum()), int(counts[:, 1].max())
-        return num_groups, micro_batches + [[] for _ in range(passes - len(micro_batches))]
+    def _cut(self, groups: Groups) -> Passes:
+        return cut_step(groups, self.objective, self.running.micro_batch_tokens)
 
     def _shrinking(self, groups: Groups, attempt: Callable[[], T]) -> T:
         """Repeat the whole `attempt` with half the token budget as long as memory runs out."""
@@ -255,11 +245,9 @@ class PreferenceTrainer(Trainer):
             torch.cuda.empty_cache()  # not in the handler: the traceback still holds the tensors there
 
     def _halve_budget(self, groups: Groups, error: torch.OutOfMemoryError) -> None:
-        cost = COSTS[self.objective.scorer.layout]
-        micro_batches = cut(groups, self.running.micro_batch_tokens, cost=cost)
-        tokens = largest(micro_batches, cost=cost)
+        tokens, singly = costliest(groups, self.objective, self.running.micro_batch_tokens)
         step = self.state.global_step + 1
-        if all(len(micro_batch) == 1 for micro_batch in micro_batches):
+        if singly:
             raise group_does_not_fit(tokens, step=step) from error
         smaller = min(self.running.micro_batch_tokens, tokens) // 2
         if self.accelerator.num_processes > 1:

@@ -48,7 +48,7 @@ def weigh(parts: Sequence[Comparison], loss: Callable[[Comparison], LossOutput])
     for part in parts:
         stop = start + part.completions.num_groups
         weights = tuple(next(gradients) for _ in quantities(part.policy))
-        shares.append(WeighedPass(part, _share(output, start, stop, total), weights))
+        shares.append(WeighedPass(part, share(output, start, stop, total), weights))
         start = stop
     return shares
 
@@ -66,8 +66,8 @@ def _leaves(part: Comparison) -> Comparison:
     )
 
 
-def _share(output: LossOutput, start: int, stop: int, total: int) -> LossOutput:
-    """The groups `start` up to `stop`; a metric of the step as a whole goes to its first pass."""
+def share(output: LossOutput, start: int, stop: int, total: int) -> LossOutput:
+    """The groups `start` up to `stop` of `total`; a metric of the step as a whole goes to the first ones."""
     assert len(output.loss) == total, "a loss gives one value a group"
     metrics = {
         name: values[start:stop] if len(values) == total else values[: len(values) if start == 0 else 0]
