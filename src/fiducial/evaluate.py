@@ -1,4 +1,4 @@
-"""Judges a trained policy against its reference on held-out pairs."""
+"""Judges a trained policy against its reference on held-out data."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,7 +55,9 @@ def evaluate(
     trainer.load_weights(folder)
     found = trainer.evaluate()
     metrics = {name: found[f"eval_{name}"] for name in METRICS if f"eval_{name}" in found}
-    run.console.print(_table(metrics, folder, len(run.data.evaluation)))
+    run.console.print(
+        _table(metrics, f"{folder} on {len(run.data.evaluation)} held-out {run.cfg.method.unit}s")
+    )
     return metrics
 
 
@@ -72,8 +74,8 @@ def _offline(cfg: RunConfig) -> RunConfig:
     )
 
 
-def _table(metrics: Mapping[str, float], folder: Path, num_pairs: int) -> Table:
-    table = Table(title=f"{folder} on {num_pairs} held-out pairs", title_justify="left")
+def _table(metrics: Mapping[str, float], title: str) -> Table:
+    table = Table(title=title, title_justify="left")
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in metrics.items():

@@ -37,7 +37,7 @@ def write_model_card(
         output_dir: the folder of the trained model.
         cfg: the run.
         plan: how its reference was decided.
-        metrics: final metrics by the names of metrics.jsonl; those on held-out pairs begin with `eval_`.
+        metrics: final metrics by the names of metrics.jsonl; those on held-out data begin with `eval_`.
         proof: what was measured before step 1 about the reference, in a sentence.
     """
     card = Path(output_dir) / "README.md"
@@ -46,7 +46,7 @@ def write_model_card(
         _training(cfg),
         _data(cfg),
         _reference(plan, proof),
-        _results(metrics),
+        _results(metrics, _unit(cfg)),
         f"Made with Fiducial {VERSION}.",
     ]
     card.write_text(
@@ -77,7 +77,7 @@ def _training(cfg: RunConfig) -> str:
         "method": f"{_title(cfg)} ({', '.join(f'{name} {_short(each)}' for name, each in settings.items())})",
         "paper": cfg.method.paper if cfg.method else "",
         "learning rate": f"{cfg.optimization.learning_rate:g}, {cfg.optimization.lr_scheduler}",
-        "pairs a step and process": str(cfg.optimization.groups_per_step),
+        f"{_unit(cfg)}s a step and process": str(cfg.optimization.groups_per_step),
         "epochs": f"{cfg.optimization.num_epochs:g}",
         "longest sequence": f"{cfg.data.sequence_len} tokens" if cfg.data else "",
         "seed": str(cfg.optimization.seed),
@@ -98,10 +98,10 @@ def _reference(plan: ReferencePlan, proof: str | None) -> str:
     return "## Reference\n\n" + "\n\n".join(lines + ([proof] if proof else []))
 
 
-def _results(metrics: Mapping[str, float]) -> str:
+def _results(metrics: Mapping[str, float], unit: str) -> str:
     parts = [
         f"## {title}\n\n" + _table(("metric", "value"), rows)
-        for title, prefix in (("On held-out pairs", "eval_"), ("At the end of training", ""))
+        for title, prefix in ((f"On held-out {unit}s", "eval_"), ("At the end of training", ""))
         if (rows := _known(metrics, prefix))
     ]
     return "\n\n".join(parts)
@@ -146,6 +146,10 @@ def _method(cfg: RunConfig) -> str:
 
 def _title(cfg: RunConfig) -> str:
     return cfg.method.title if cfg.method else "none"
+
+
+def _unit(cfg: RunConfig) -> str:
+    return cfg.method.unit if cfg.method else "group"
 
 
 def _short(value: Any) -> str:

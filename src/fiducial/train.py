@@ -57,7 +57,7 @@ class TrainResult:
 
     output_dir: Path
     metrics: dict[str, float]
-    """The last value of every metric; those on held-out pairs begin with `eval_`."""
+    """The last value of every metric; those on held-out data begin with `eval_`."""
     plan: ReferencePlan
     record: dict[str, Any]
     """What plan.json holds: the plan, the predicted and measured memory, the data's account, the proof."""
@@ -205,6 +205,7 @@ def _finish(
     trainer: PreferenceTrainer, run: Run, policy: Policy, judged: ProvedReference, record: dict[str, Any]
 ) -> dict[str, float]:
     """Check the reference once more, evaluate, and save what the run leaves behind."""
+    assert run.cfg.method is not None
     output_dir = Path(run.cfg.output.output_dir)
     if judged.proof is not None:
         moved = check_unmoved(judged.proof, policy.scorer, judged.reference, judged.groups)
@@ -220,7 +221,7 @@ def _finish(
     if trainer.is_world_process_zero():
         _write_record(output_dir, record)
         write_model_card(output_dir, run.cfg, run.plan, metrics, proof=_proof_sentence(judged))
-    run.console.print(closing_table(trainer.state.log_history, record["memory"]))
+    run.console.print(closing_table(trainer.state.log_history, record["memory"], unit=run.cfg.method.unit))
     run.console.print(
         f"Model, tokenizer, {METRICS_FILE}, {PLAN_FILE} and model card: {output_dir}", soft_wrap=True
     )

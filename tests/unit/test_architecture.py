@@ -24,6 +24,7 @@ LAYERS = {
     "fiducial.data": 4,
     "fiducial.losses": 4,
     "fiducial.reference.describe": 5,
+    "fiducial.reference.row_counts": 5,
     "fiducial.model": 5,
     "fiducial.reference.sources": 6,
     "fiducial.reference.cache": 6,

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fiducial.config.methods import DPOConfig, ORPOConfig
+from fiducial.config.methods import DPOConfig, KTOConfig, MethodConfig, ORPOConfig, TPOConfig
 from fiducial.config.schema import AdapterConfig, DataConfig, DatasetConfig, ModelConfig, RunConfig
 from fiducial.model_card import write_model_card
 from fiducial.reference.plan import Checkpoint, ReferencePlan, Schedule, Source
@@ -75,6 +75,18 @@ def test_body_tells_data_reference_proof_and_metrics(tmp_path: Path) -> None:
     assert "| reward accuracy | 0.9688 |" in text.partition("## On held-out pairs")[2]
     assert "| loss | 0.4213 |" in text.partition("## At the end of training")[2]
     assert "epoch |" not in text
+
+
+@pytest.mark.parametrize(
+    ("method", "unit"), [(DPOConfig(), "pairs"), (KTOConfig(), "completions"), (TPOConfig(), "lists")]
+)
+def test_it_counts_what_the_method_learns_from(tmp_path: Path, method: MethodConfig, unit: str) -> None:
+    run = RUN.model_copy(update={"method": method})
+
+    text = write_model_card(tmp_path, run, PLAN, METRICS).read_text(encoding="utf-8")
+
+    assert f"| {unit} a step and process |" in text
+    assert f"## On held-out {unit}\n" in text
 
 
 def test_without_reference_or_evaluation_those_parts_are_absent(tmp_path: Path) -> None:

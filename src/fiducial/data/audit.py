@@ -118,7 +118,9 @@ class Audit:
         rows = sum(each.rows for each in self.datasets)
         kept = sum(each.kept for each in self.datasets)
         truncated = sum(each.truncated for each in self.datasets)
-        line = f"{rows} rows: {self.train} to train on, {self.evaluation} to evaluate, {rows - kept} dropped"
+        # Pairs that are taken apart are not as many as their rows.
+        train = f"{self.train} completions" if self.labels else str(self.train)
+        line = f"{rows} rows: {train} to train on, {self.evaluation} to evaluate, {rows - kept} dropped"
         return f"{line}, {truncated} truncated" if truncated else line
 
     def _remarks(self) -> Iterable[str]:

@@ -138,6 +138,7 @@ def _data(cfg: RunConfig, counts: DataCounts) -> Report | None:
         "datasets": entries(cfg.data.datasets, counts.datasets),
         "test_datasets": entries(cfg.data.test_datasets, counts.test_datasets),
         "rows": counts.training,
+        "groups": counts.groups,
         "held_out": _held_out(cfg, counts),
         "sequence_len": cfg.data.sequence_len,
         "streaming": cfg.data.streaming,
@@ -156,16 +157,24 @@ def _batch(cfg: RunConfig, counts: DataCounts) -> Report:
     settings = cfg.optimization
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     groups = settings.groups_per_step * processes
-    rows, held_out = counts.training, _held_out(cfg, counts)
-    per_epoch = None if rows is None or held_out is None else math.ceil((rows - held_out) / groups)
+    per_epoch = _steps_per_epoch(counts, _held_out(cfg, counts), groups)
     epochs = None if per_epoch is None else math.ceil(per_epoch * settings.num_epochs)
     return {
+        "unit": cfg.method.unit if cfg.method else "group",
         "groups_per_step": groups,
         "processes": processes,
         "steps_per_epoch": per_epoch,
         "epochs": settings.num_epochs,
         "steps": settings.max_steps or epochs,
     }
+
+
+def _steps_per_epoch(counts: DataCounts, held_out: int | None, groups_per_step: int) -> int | None:
+    if not counts.training or counts.groups is None or held_out is None:
+        return None
+    # Rows are set aside before pairs are taken apart.
+    share = 1 - held_out / counts.training
+    return math.ceil(round(counts.groups * share, 6) / groups_per_step)
 
 
 def _reference_panel(reference: Report, held: list[str]) -> Panel:
@@ -200,6 +209,9 @@ def _facts_table(report: Report) -> Table:
         table.add_row("Evaluation", Text(_dataset_line(dataset)))
     if report["data"] and report["data"]["held_out"]:
         table.add_row("Held out", Text(f"{report['data']['held_out']:,} rows"))
+    if report["data"] and report["data"]["groups"] != report["data"]["rows"]:
+        apart = f"each pair is taken apart: {report['data']['groups']:,} completions of all rows"
+        table.add_row("", Text(apart))
     table.add_row("Batch", Text(_batch_line(batch)))
     return table
 
@@ -213,8 +225,7 @@ def _dataset_line(dataset: Report) -> str:
 def _batch_line(batch: Report) -> str:
     spread = f" on {batch['processes']} processes" if batch["processes"] > 1 else ""
     groups = batch["groups_per_step"]
-    unit = "group" if groups == 1 else "groups"
-    line = f"{groups} {unit} (a prompt with its completions) per optimizer step{spread}"
+    line = f"{groups} {batch['unit']}{'' if groups == 1 else 's'} per optimizer step{spread}"
     if batch["steps_per_epoch"] is not None:
         line += f", about {batch['steps_per_epoch']:,} steps per epoch"
     if batch["steps"] is not None:

@@ -1,4 +1,4 @@
-"""How many rows local datasets have, without loading them.
+"""How many rows local datasets have, and how many groups a method makes of them, without loading them.
 
 Lines of jsonl, entries of json, records of csv, and what parquet and arrow files say of themselves. A
 dataset on the hub, a compressed or a very large file, or a folder whose files `datasets` would sort into
@@ -8,12 +8,14 @@ splits is counted when it is loaded: None here, never a guess.
 import csv
 import json
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from fiducial.config.schema import DatasetConfig, RunConfig
+from fiducial.data.formats.shape import look_at
 
 _LONGEST_READ = 100_000_000
 """Bytes of text that are counted in a blink; larger files are counted when they are loaded."""
@@ -26,6 +28,8 @@ class DataCounts:
 
     datasets: tuple[int | None, ...] = ()
     test_datasets: tuple[int | None, ...] = ()
+    groups: int | None = None
+    """What the method makes of all training rows, if all are known: of a pair it takes apart, two."""
 
     @property
     def training(self) -> int | None:
@@ -38,22 +42,43 @@ def count_data(cfg: RunConfig) -> DataCounts:
     """Rows of every dataset of the run, as far as they can be told without loading it."""
     if cfg.data is None:
         return DataCounts()
-    return DataCounts(
-        tuple(count_rows(dataset) for dataset in cfg.data.datasets),
+    takes_apart = cfg.method is not None and not cfg.method.paired
+    training = [_count(dataset) for dataset in cfg.data.datasets]
+    known = [found for found in training if found is not None]
+    counts = DataCounts(
+        tuple(None if found is None else found.rows for found in training),
         tuple(count_rows(dataset) for dataset in cfg.data.test_datasets),
     )
+    if counts.training is None:
+        return counts
+    groups = (
+        found.rows * (2 if takes_apart and not _labelled(found, dataset) else 1)
+        for found, dataset in zip(known, cfg.data.datasets, strict=True)
+    )
+    return replace(counts, groups=sum(groups))
 
 
 def count_rows(config: DatasetConfig) -> int | None:
     """Rows this dataset contributes, its `split` slice and `shards` applied."""
-    total = 0
-    for file, kind in _local_files(config) or ((None, ""),):
-        rows = None if file is None else _rows_of_file(file, kind)
-        if rows is None:
-            return None
-        total += rows
-    sliced = _apply_slice(total, config.split)
-    return sliced if sliced is None or config.shards is None else -(-sliced // config.shards)
+    found = _count(config)
+    return None if found is None else found.rows
+
+
+def _count(config: DatasetConfig) -> "_Found | None":
+    files = _local_files(config)
+    found = [_look_into(file, kind) for file, kind in files or ()]
+    known = [each for each in found if each is not None]
+    if files is None or len(known) < len(found):
+        return None
+    rows = _apply_slice(sum(each.rows for each in known), config.split)
+    if rows is not None and config.shards is not None:
+        rows = -(-rows // config.shards)
+    return None if rows is None else _Found(rows, known[0].columns if known else ())
+
+
+def _labelled(found: "_Found", config: DatasetConfig) -> bool:
+    """Whether rows hold single labelled completions, and not pairs."""
+    return look_at((), found.columns, config).is_labelled
 
 
 def _local_files(config: DatasetConfig) -> Sequence[tuple[Path, str]] | None:
@@ -62,7 +87,7 @@ def _local_files(config: DatasetConfig) -> Sequence[tuple[Path, str]] | None:
     if path.is_file():
         return [(path, _kind(path, config))]
     names = [config.data_files] if isinstance(config.data_files, str) else list(config.data_files or ())
-    if names and config.path in _COUNTERS and not path.exists():
+    if names and config.path in _LOOKS and not path.exists():
         files = [Path(name).expanduser() for name in names]
         return [(file, config.path) for file in files] if all(file.is_file() for file in files) else None
     if not path.is_dir():
@@ -79,54 +104,80 @@ def _kind(path: Path, config: DatasetConfig) -> str:
     return config.ds_type or {"jsonl": "json", "ndjson": "json"}.get(path.suffix[1:], path.suffix[1:])
 
 
-def _rows_of_file(file: Path, kind: str) -> int | None:
-    counter = _COUNTERS.get(kind)
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What a file says of itself."""
+
+    rows: int
+    columns: tuple[str, ...]
+
+
+def _look_into(file: Path, kind: str) -> _Found | None:
+    look = _LOOKS.get(kind)
     too_large = kind in {"json", "csv"} and file.stat().st_size > _LONGEST_READ
-    return None if counter is None or too_large else counter(file)
+    return None if look is None or too_large else look(file)
 
 
-def _json_rows(file: Path) -> int | None:
+def _json(file: Path) -> _Found | None:
     """Lines of JSON Lines, whatever the ending says, or entries of one JSON array."""
     try:
         if file.suffix == ".json":
             content: Any = json.loads(file.read_text(encoding="utf-8"))
-            return len(content) if isinstance(content, list) else None
+            return _Found(len(content), _keys(content[:1])) if isinstance(content, list) else None
     except ValueError:
         pass  # several documents: JSON Lines under a .json name
     with file.open("rb") as lines:
-        return sum(1 for line in lines if line.strip())
+        written = (line for line in lines if line.strip())
+        first = list(islice(written, 1))
+        return _Found(len(first) + sum(1 for _ in written), _keys(map(_parsed, first)))
 
 
-def _csv_rows(file: Path) -> int | None:
+def _parsed(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None  # damaged: loading it says so
+
+
+def _keys(first: Iterable[Any]) -> tuple[str, ...]:
+    """Columns of the first row, if there is one."""
+    return tuple(key for row in first if isinstance(row, dict) for key in row)
+
+
+def _csv(file: Path) -> _Found | None:
     with file.open(newline="", encoding="utf-8", errors="replace") as text:
-        return max(sum(1 for record in csv.reader(text) if record) - 1, 0)
+        records = (record for record in csv.reader(text) if record)
+        header = next(records, [])
+        return _Found(sum(1 for _ in records), tuple(header))
 
 
-def _parquet_rows(file: Path) -> int | None:
+def _parquet(file: Path) -> _Found | None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        return int(pq.ParquetFile(file).metadata.num_rows)
+        parquet = pq.ParquetFile(file)
     except pa.ArrowException:
         return None  # damaged: loading it says so
+    return _Found(int(parquet.metadata.num_rows), tuple(parquet.schema_arrow.names))
 
 
-def _arrow_rows(file: Path) -> int | None:
+def _arrow(file: Path) -> _Found | None:
     import pyarrow as pa
 
     try:
         with pa.memory_map(str(file)) as source:
-            return sum(int(batch.num_rows) for batch in pa.ipc.open_stream(source))
+            stream = pa.ipc.open_stream(source)
+            return _Found(sum(int(batch.num_rows) for batch in stream), tuple(stream.schema.names))
     except pa.ArrowException:
         return None  # a file that is no stream, or damaged: loading it says so
 
 
-_COUNTERS: dict[str, Callable[[Path], int | None]] = {
-    "json": _json_rows,
-    "csv": _csv_rows,
-    "parquet": _parquet_rows,
-    "arrow": _arrow_rows,
+_LOOKS: dict[str, Callable[[Path], _Found | None]] = {
+    "json": _json,
+    "csv": _csv,
+    "parquet": _parquet,
+    "arrow": _arrow,
 }
 
 

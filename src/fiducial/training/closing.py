@@ -23,11 +23,17 @@ def first_and_last(history: Sequence[Mapping[str, Any]]) -> dict[str, tuple[floa
     return seen
 
 
-def closing_table(history: Sequence[Mapping[str, Any]], memory: Mapping[str, Any]) -> Table:
-    """Held-out metrics where there are any, else those of training; then speed and memory."""
+def closing_table(history: Sequence[Mapping[str, Any]], memory: Mapping[str, Any], *, unit: str) -> Table:
+    """Held-out metrics where there are any, else those of training; then speed and memory.
+
+    Args:
+        history: everything that was logged.
+        memory: predicted and measured peak, in bytes.
+        unit: what the method learns from one of, such as a pair.
+    """
     values = first_and_last(history)
     prefix = "eval_" if "eval_loss" in values else ""
-    table = Table(title="held-out pairs" if prefix else "training pairs", title_justify="left")
+    table = Table(title=f"{'held-out' if prefix else 'training'} {unit}s", title_justify="left")
     table.add_column("")
     table.add_column("first", justify="right")
     table.add_column("last", justify="right")
@@ -38,7 +44,7 @@ def closing_table(history: Sequence[Mapping[str, Any]], memory: Mapping[str, Any
     table.add_section()
     speeds = [log["pairs_per_second"] for log in history if "pairs_per_second" in log]
     if speeds:
-        table.add_row("pairs a second", "", f"{sorted(speeds)[len(speeds) // 2]:.3g}")
+        table.add_row(f"{unit}s a second", "", f"{sorted(speeds)[len(speeds) // 2]:.3g}")
     table.add_row("peak memory, predicted", "", _gigabytes(memory["peak_bytes"]))
     table.add_row("peak memory, measured", "", _gigabytes(memory["measured_peak_bytes"]))
     return table

@@ -49,7 +49,7 @@ class ProgressBar(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Show the newest metrics; those of held-out pairs get their own line."""
+        """Show the newest metrics; those of held-out data get their own line."""
         if not state.is_world_process_zero or logs is None:
             return
         step = f"step {state.global_step}/{state.max_steps}"

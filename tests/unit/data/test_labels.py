@@ -63,6 +63,7 @@ def test_pairs_are_taken_apart_for_kto(fit: Fit, byte_tokenizer: PreTrainedToken
     ]
     assert data.audit.train == 4
     assert data.audit.labels == {"train": (2, 2)}
+    assert data.audit.summary().startswith("2 rows: 4 completions to train on")
     assert data.audit.notes == ["2 pairs are taken apart: a desirable and an undesirable completion each"]
     mismatched = [byte_tokenizer.decode(data.sample[index].completions[1]) for index in range(4)]
     assert sorted(mismatched) == [" no 0</s>", " no 1</s>", " yes 0</s>", " yes 1</s>"]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fiducial.config.methods import DPOConfig, ORPOConfig
+from fiducial.config.methods import DPOConfig, KTOConfig, MethodConfig, ORPOConfig, PlackettLuceConfig
 from fiducial.config.schema import (
     AdapterConfig,
     DataConfig,
@@ -58,6 +58,7 @@ def test_the_report_holds_the_decision_and_its_numbers(base: Path, pairs: Path) 
     assert report["method"]["hyperparameters"] == DPOConfig().hyperparameters
     assert (report["data"]["rows"], report["data"]["held_out"]) == (100, 10)
     assert report["batch"] == {
+        "unit": "pair",
         "groups_per_step": 16,
         "processes": 1,
         "steps_per_epoch": 6,
@@ -68,6 +69,25 @@ def test_the_report_holds_the_decision_and_its_numbers(base: Path, pairs: Path) 
     training = sum(part["bytes"] for part in parts if part["when"] in {"throughout", "training"})
     assert report["memory"]["training_bytes"] == training
     assert report["memory"]["peak_bytes"] >= training
+
+
+@pytest.mark.parametrize(
+    ("method", "steps", "words"),
+    [
+        (KTOConfig(), 23, ("8 completions per optimizer step", "taken apart: 200 completions of all rows")),
+        (DPOConfig(), 12, ("8 pairs per optimizer step",)),
+        (PlackettLuceConfig(), 12, ("8 lists per optimizer step",)),
+    ],
+    ids=lambda value: value.title if isinstance(value, MethodConfig) else None,
+)
+def test_a_step_is_counted_in_what_the_method_learns_from(
+    base: Path, pairs: Path, method: MethodConfig, steps: int, words: tuple[str, ...]
+) -> None:
+    report = plan_run(run(base, pairs, method=method, optimization=OptimizationConfig(micro_batch_size=8)))
+
+    assert report["batch"]["steps_per_epoch"] == steps
+    assert all(each in page(report) for each in words)
+    assert ("taken apart" in page(report)) == (not method.paired)
 
 
 def test_the_report_is_json(base: Path, pairs: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from datasets import Dataset, load_dataset
 
+from fiducial.config.methods import APOZeroUnpairedConfig, DPOConfig, KTOConfig
 from fiducial.config.schema import DataConfig, DatasetConfig, ModelConfig, RunConfig
 from fiducial.reference import row_counts
 from fiducial.reference.row_counts import DataCounts, count_data, count_rows
@@ -103,8 +104,46 @@ def test_a_total_needs_every_dataset(tmp_path: Path) -> None:
     known = DatasetConfig(path=str(written(tmp_path, "rows.jsonl")))
     model = ModelConfig(base_model="base")
     both = RunConfig(model=model, data=DataConfig(datasets=(known, known), test_datasets=(known,)))
-    assert count_data(both) == DataCounts((23, 23), (23,))
+    assert count_data(both) == DataCounts((23, 23), (23,), groups=46)
     assert count_data(both).training == 46
     unknown = DatasetConfig(path="team/pairs")
     assert count_data(RunConfig(model=model, data=DataConfig(datasets=(known, unknown)))).training is None
     assert count_data(RunConfig(model=model)).training is None
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.parquet", "saved"])
+def test_pairs_are_two_completions_where_they_are_taken_apart(name: str, tmp_path: Path) -> None:
+    data = DataConfig(datasets=(DatasetConfig(path=str(written(tmp_path, name))),))
+    run = RunConfig(model=ModelConfig(base_model="base"), data=data)
+
+    assert count_data(run.model_copy(update={"method": DPOConfig()})).groups == 23
+    for method in (KTOConfig(), APOZeroUnpairedConfig()):
+        counts = count_data(run.model_copy(update={"method": method}))
+        assert (counts.training, counts.groups) == (23, 46)
+
+
+@pytest.mark.parametrize(
+    ("row", "field", "groups"),
+    [
+        ({"prompt": "a", "completion": "b", "label": True}, None, 3),
+        ({"messages": [], "kto_tag": False}, None, 3),
+        ({"prompt": "a", "completion": "b", "good": 1}, "good", 3),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "label": 1}, None, 6),
+    ],
+)
+def test_labelled_rows_stay_one_completion(
+    tmp_path: Path, row: dict[str, Any], field: str | None, groups: int
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(3 * (json.dumps(row) + "\n"))
+    data = DataConfig(datasets=(DatasetConfig(path=str(file), field_label=field),))
+
+    run = RunConfig(model=ModelConfig(base_model="base"), data=data, method=KTOConfig())
+
+    assert count_data(run).groups == groups
+
+
+def test_a_first_line_that_is_no_json_is_left_to_loading(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("{\n{}\n")
+    assert count_rows(DatasetConfig(path=str(file))) == 2

@@ -46,6 +46,13 @@ class MethodConfig(Section):
         return str(self.model_dump()["name"])
 
     @property
+    def unit(self) -> str:
+        """What it learns from one of: a pair, a list of several completions, or a single completion."""
+        if not self.paired:
+            return "completion"
+        return "pair" if self.num_completions == 2 else "list"
+
+    @property
     def hyperparameters(self) -> dict[str, Any]:
         """Everything set for it, by field; modifiers that are off are left out."""
         return self.model_dump(exclude={"name"}, exclude_none=True)

@@ -1,0 +1,23 @@
+"""The last table names what the method learns from."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from fiducial.training.closing import closing_table
+
+MEMORY = {"peak_bytes": 2**30, "measured_peak_bytes": 2**29}
+
+
+@pytest.mark.parametrize("unit", ["pair", "completion", "list"])
+@pytest.mark.parametrize(("prefix", "title"), [("", "training"), ("eval_", "held-out")])
+def test_what_is_counted_is_named(unit: str, prefix: str, title: str) -> None:
+    history = [{f"{prefix}loss": 0.7, "pairs_per_second": 3.0}, {f"{prefix}loss": 0.4}]
+    output = io.StringIO()
+
+    Console(file=output, width=80).print(closing_table(history, MEMORY, unit=unit))
+
+    assert f"{title} {unit}s" in output.getvalue()
+    assert f"{unit}s a second" in output.getvalue()
+    assert "0.7" in output.getvalue()
