@@ -21,6 +21,20 @@ def write_pairs(path: Path, rows: int) -> Path:
     return path
 
 
+def write_labelled(path: Path, labels: list[bool]) -> Path:
+    """Completions of uneven lengths, one for each label."""
+    rows = [
+        {
+            "prompt": f"Question {row}" + "?" * (row % 5),
+            "completion": (" yes" if label else " no") + "abc"[row % 3] * (row % 7 + 1),
+            "label": label,
+        }
+        for row, label in enumerate(labels)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return path
+
+
 def run_config(folder: Path, *, rows: int = 12, family: str = "llama", **settings: Any) -> dict[str, Any]:
     """A full fine-tuning run on `rows` pairs; `settings` are keys of the YAML and replace these."""
     base, data = folder / f"base-{family}", folder / f"pairs-{rows}.jsonl"

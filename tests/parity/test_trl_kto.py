@@ -6,6 +6,7 @@ What differs on purpose, and is made equal here or not compared:
   the whole data. TRL is handed ours.
 - TRL estimates z₀ on one micro-batch, so that gradient accumulation changes the loss; here it is the whole
   optimizer step's. One micro-batch a step makes them equal, and the second test shows the difference.
+- TRL estimates z₀ of an evaluation batch by batch; here it is the whole evaluation set's.
 - TRL demands a batch of at least two rows and data in its given order; neither matters here, and the last
   test takes steps of one row.
 - TRL logs no accuracy. With z₀ = 0 it logs a `kl` of 0 for apo_zero_unpaired; here that is left to the
@@ -13,6 +14,7 @@ What differs on purpose, and is made equal here or not compared:
 """
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +57,10 @@ class PretokenizedKTOTrainer(trl.KTOTrainer):
         return dataset
 
 
-def rows() -> list[TokenizedGroup]:
+def rows(labels: Sequence[bool] = LABELS) -> list[TokenizedGroup]:
     """(prompt, (completion, mismatched completion)), with a label."""
     groups = [
-        TokenizedGroup(group.prompt, group.completions[:1], (1.0 if LABELS[number % len(LABELS)] else -1.0,))
+        TokenizedGroup(group.prompt, group.completions[:1], (1.0 if labels[number % len(labels)] else -1.0,))
         for number, group in enumerate(random_groups(STEPS * BATCH_SIZE))
     ]
     mismatched = add_mismatched(from_groups(groups), seed=7, sequence_len=64, where="rows")
@@ -85,7 +87,9 @@ def arguments(folder: Path, learning_rate: float, **more: Any) -> dict[str, Any]
     }
 
 
-def train_with_trl(model: Any, method: MethodConfig, args: dict[str, Any]) -> Logs:
+def train_with_trl(
+    model: Any, method: MethodConfig, args: dict[str, Any], labels: Sequence[bool] = LABELS
+) -> Logs:
     handed_over = [
         {
             "prompt_ids": group.prompt.tolist(),
@@ -93,7 +97,7 @@ def train_with_trl(model: Any, method: MethodConfig, args: dict[str, Any]) -> Lo
             "KL_completion_ids": group.completions[1].tolist(),
             "label": group.scores[0] > 0,
         }
-        for group in rows()
+        for group in rows(labels)
     ]
     trainer = PretokenizedKTOTrainer(
         model=model,
@@ -105,29 +109,34 @@ def train_with_trl(model: Any, method: MethodConfig, args: dict[str, Any]) -> Lo
             **args,
         ),
         train_dataset=Dataset.from_list(handed_over),
+        eval_dataset=Dataset.from_list(handed_over),
         processing_class=tiny_tokenizer(),
     )
     trainer.train()
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
+    trainer.evaluate()
+    return trainer.state.log_history
 
 
-def train_with_fiducial(model: Any, method: MethodConfig, args: dict[str, Any]) -> Logs:
+def train_with_fiducial(
+    model: Any, method: MethodConfig, args: dict[str, Any], labels: Sequence[bool] = LABELS
+) -> Logs:
     scorer = Scorer(model, layout="packed")
     reference: Reference = AdapterOff(scorer)
     if not isinstance(model, PeftModel):
         reference = SeparateModel(Scorer(copy.deepcopy(model), layout="packed"))
-    groups = rows()
+    groups = rows(labels)
     if not method.mismatched:
         groups = [TokenizedGroup(each.prompt, each.completions[:1], each.scores[:1]) for each in groups]
     trainer = PreferenceTrainer(
         model,
         TrainingArguments(**args),
         Objective(scorer, reference, build_loss(method)),
-        TrainingData(groups, shuffle=False),  # type: ignore[arg-type] # a list is a map-style dataset
+        TrainingData(groups, groups, shuffle=False),  # type: ignore[arg-type] # a list is a map-style dataset
         micro_batch_tokens=100,  # two or three forward passes a step, where TRL has one
     )
     trainer.train()
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
+    trainer.evaluate()
+    return trainer.state.log_history
 
 
 def start(adapter: bool) -> Any:
@@ -136,34 +145,92 @@ def start(adapter: bool) -> Any:
     return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear")) if adapter else model
 
 
-def comparable(log: dict[str, float], method: MethodConfig) -> dict[str, float]:
+def comparable(log: dict[str, float], method: MethodConfig, prefix: str) -> dict[str, float]:
+    """What both log; with labels of one kind neither has the other kind's rewards, nor a margin."""
     names = ["loss", "grad_norm", "rewards/chosen", "rewards/rejected", "rewards/margins"]
     names += ["logps/chosen", "logps/rejected", *(["kl"] if method.mismatched else [])]
-    return {name: float(log[name]) for name in names}
+    return {name: float(log[prefix + name]) for name in names if prefix + name in log}
 
 
-def assert_equal(ours: Logs, theirs: Logs, method: MethodConfig) -> None:
-    for our, their in zip(ours, theirs, strict=True):
+def of_kind(logs: Logs, prefix: str = "") -> Logs:
+    return [log for log in logs if f"{prefix}loss" in log]
+
+
+def assert_equal(ours: Logs, theirs: Logs, method: MethodConfig, prefix: str = "") -> None:
+    for our, their in zip(of_kind(ours, prefix), of_kind(theirs, prefix), strict=True):
         # Log-probs of whole completions are sums of up to 24 tokens, so they get a relative tolerance too.
-        assert comparable(our, method) == pytest.approx(comparable(their, method), abs=TOLERANCE, rel=1e-5)
+        expected = comparable(their, method, prefix)
+        assert comparable(our, method, prefix) == pytest.approx(expected, abs=TOLERANCE, rel=1e-5)
 
 
-METHODS = [KTOConfig(**WEIGHTS), APOZeroUnpairedConfig(**WEIGHTS)]
+BOTH = pytest.mark.parametrize(
+    "config", [KTOConfig, APOZeroUnpairedConfig], ids=lambda config: config().title
+)
+KINDS = pytest.mark.parametrize(
+    ("adapter", "learning_rate"), [(False, 1e-3), (True, 1e-2)], ids=["full", "lora"]
+)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.title)
-@pytest.mark.parametrize(("adapter", "learning_rate"), [(False, 1e-3), (True, 1e-2)], ids=["full", "lora"])
-def test_every_step_equals_trl(
-    adapter: bool, learning_rate: float, method: MethodConfig, tmp_path: Path
-) -> None:
-    model, args = start(adapter), arguments(tmp_path, learning_rate)
+@BOTH
+@KINDS
+def test_every_step_equals_trl(adapter: bool, learning_rate: float, config: type, tmp_path: Path) -> None:
+    model, args, method = start(adapter), arguments(tmp_path, learning_rate), config(**WEIGHTS)
     expected = train_with_trl(copy.deepcopy(model), method, args)
     actual = train_with_fiducial(copy.deepcopy(model), method, args)
 
-    assert len(expected) == STEPS
     assert_equal(actual, expected, method)
-    assert max(abs(log["rewards/margins"]) for log in expected) > 50 * TOLERANCE, "it must have moved"
-    assert not method.mismatched or sum(log["kl"] > 100 * TOLERANCE for log in expected) >= 2
+    steps = of_kind(expected)
+    assert len(steps) == STEPS
+    assert max(abs(log["rewards/margins"]) for log in steps) > 50 * TOLERANCE, "it must have moved"
+    assert not method.mismatched or sum(log["kl"] > 100 * TOLERANCE for log in steps) >= 2
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("labels", "weights"),
+    [
+        ([True], {"undesirable_weight": 0.0}),
+        ([False], {"desirable_weight": 0.0}),
+        (LABELS, {"undesirable_weight": 0.0}),
+        (LABELS, {"desirable_weight": 0.0}),
+    ],
+    ids=["all desirable", "all undesirable", "undesirable without weight", "desirable without weight"],
+)
+def test_one_kind_alone_equals_trl(
+    labels: list[bool], weights: dict[str, float], config: type, tmp_path: Path
+) -> None:
+    model, args, method = start(False), arguments(tmp_path, 1e-3), config(**weights)
+    expected = train_with_trl(copy.deepcopy(model), method, args, labels)
+    actual = train_with_fiducial(copy.deepcopy(model), method, args, labels)
+
+    assert_equal(actual, expected, method)
+    assert len(of_kind(expected)) == STEPS
+    kept = {name for name in ("rewards/chosen", "rewards/rejected") if name in of_kind(actual)[-1]}
+    assert kept == {"rewards/chosen" if label else "rewards/rejected" for label in labels}
+    assert max(abs(of_kind(expected)[-1][name]) for name in kept) > 50 * TOLERANCE, "it must have moved"
+
+
+@BOTH
+@KINDS
+def test_an_evaluation_equals_one_of_trl_in_a_single_batch(
+    adapter: bool, learning_rate: float, config: type, tmp_path: Path
+) -> None:
+    """TRL's z₀ is an evaluation batch's; ours the evaluation set's, whatever the batch."""
+    model, method = start(adapter), config(**WEIGHTS)
+    at_once, in_batches = (
+        arguments(tmp_path, learning_rate, max_steps=3, per_device_eval_batch_size=size)
+        for size in (STEPS * BATCH_SIZE, 3)
+    )
+    expected = train_with_trl(copy.deepcopy(model), method, at_once)
+    actual = train_with_fiducial(copy.deepcopy(model), method, in_batches)
+
+    assert len(of_kind(expected, "eval_")) == 1
+    assert_equal(actual, expected, method, "eval_")
+    if method.mismatched:
+        assert of_kind(expected, "eval_")[0]["eval_kl"] > 100 * TOLERANCE
+        theirs_in_batches = train_with_trl(copy.deepcopy(model), method, in_batches)
+        with pytest.raises(AssertionError):
+            assert_equal(actual, theirs_in_batches, method, "eval_")
 
 
 def test_accumulated_steps_differ_by_the_reference_point(tmp_path: Path) -> None:
@@ -185,7 +252,7 @@ def test_steps_of_one_row(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="batch size must be > 1"):
         train_with_trl(copy.deepcopy(model), method, args)
 
-    logs = train_with_fiducial(copy.deepcopy(model), method, args)
+    logs = of_kind(train_with_fiducial(copy.deepcopy(model), method, args))
 
     assert len(logs) == STEPS * BATCH_SIZE
     assert logs[-1]["loss"] != logs[0]["loss"] == 0.5
