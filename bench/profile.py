@@ -2,9 +2,10 @@
 
     python bench/profile.py                                       # writes bench/results/profile.json
     python bench/profile.py --data long --precision float32 --operations 30
+    python bench/profile.py --data kto                            # KTO, which scores more than it trains on
 
-Trains on the pairs of `bench/against_trl.py` and profiles the last step: every operation's own time, summed
-by what it belongs to. On a GPU it is the kernels' time.
+Trains on the examples of `bench/against_trl.py` with the first method that is measured on them, and profiles
+the last step: every operation's own time, summed by what it belongs to. On a GPU it is the kernels' time.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from bench.measure import Stopwatch, synchronize
 from bench.methods import METHODS
 from bench.run_fiducial import run
 from bench.shapes import SHAPES
-from bench.workload import available, make
+from bench.workload import DATA, available, make
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::mkldnn_linear", "mkldnn::")
 COPIES = ("aten::copy_", "aten::cat", "aten::fill_", "aten::zero_", "aten::index", "aten::slice_backward")
@@ -111,7 +112,7 @@ def _activities() -> list[ProfilerActivity]:
 
 def table(step: Mapping[str, Any]) -> Table:
     """One step's categories and their shares of its wall-clock time."""
-    grid = Table(title=f"{step['data']}, {step['precision']}")
+    grid = Table(title=f"{step['method']} on {step['data']}, {step['precision']}")
     grid.add_column("")
     grid.add_column("ms", justify="right")
     grid.add_column("share", justify="right")
@@ -132,7 +133,8 @@ def measure(name: str, precision: str, options: argparse.Namespace) -> dict[str,
         steps=options.steps - 1,
     )
     last = LastStep(options.steps)
-    setting = Setting(options.shape, workload, precision, cuda=torch.cuda.is_available())
+    method = next(each for each, row in METHODS.items() if name in row.data)
+    setting = Setting(options.shape, workload, precision, cuda=torch.cuda.is_available(), method=method)
     with tempfile.TemporaryDirectory() as folder:
         run(prepare(setting, Path(folder)), [last])
     seconds = seconds_by_category(last.profiler)
@@ -140,7 +142,7 @@ def measure(name: str, precision: str, options: argparse.Namespace) -> dict[str,
     if options.operations:
         order = "self_device_time_total" if setting.cuda else "self_cpu_time_total"
         print(last.profiler.key_averages().table(sort_by=order, row_limit=options.operations))
-    return {"data": workload.name, "precision": precision, "seconds": seconds}
+    return {"method": method, "data": workload.name, "precision": precision, "seconds": seconds}
 
 
 def main(arguments: list[str]) -> int:
@@ -149,7 +151,7 @@ def main(arguments: list[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     precisions = ["float32", "bfloat16"]
-    parser.add_argument("--data", nargs="+", choices=METHODS["dpo"].data, default=["long", "hh"])
+    parser.add_argument("--data", nargs="+", choices=list(DATA), default=["long", "hh"])
     parser.add_argument("--precision", nargs="+", choices=precisions, default=precisions)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="42M")
     parser.add_argument("--steps", type=int, default=3)

@@ -106,7 +106,7 @@ def preprocess(config: RunFile, overrides: Overrides = None, debug: Debug = Fals
 
 @app.command()
 def evaluate(config: RunFile, overrides: Overrides = None, debug: Debug = False) -> None:
-    """Score a trained run on held-out pairs against its reference: accuracy, margins, KL."""
+    """Score a trained run on held-out data against its reference: accuracy, margins, KL."""
     with _reporting(debug):
         run = _load(config, overrides)
 

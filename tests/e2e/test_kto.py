@@ -8,7 +8,7 @@ import torch
 
 from fiducial.errors import DataError
 from fiducial.evaluate import evaluate
-from fiducial.train import TrainResult, train
+from fiducial.train import TrainResult, preprocess, train
 from fiducial.training.callbacks import Interrupted, read_metrics_lines
 from resuming import interrupt_after, left_behind
 from run_configs import run_config, write_labelled
@@ -73,6 +73,7 @@ def test_it_trains_and_evaluates_on_real_rows(
         again = evaluate(config | {"eval_batch_size": size})
         for name in ("loss", "kl", "rewards/chosen", "rewards/accuracies"):
             assert again[name] == pytest.approx(result.metrics[f"eval_{name}"], rel=1e-4, abs=1e-5)
+        assert "on 6 held-out completions" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("stop", [3, 5])
@@ -122,6 +123,27 @@ def test_shuffled_rows_come_in_another_order_and_with_the_same_partners(tmp_path
     assert logs(runs[1], "loss") == pytest.approx(logs(runs[0], "loss"), rel=1e-4)
     assert logs(runs[1], "kl") == pytest.approx(logs(runs[0], "kl"), rel=1e-3, abs=1e-6)
     assert logs(runs[2], "kl") != pytest.approx(logs(runs[0], "kl"), rel=1e-3), "a seed draws partners"
+
+
+def test_mismatched_completions_are_scored_once_and_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = labelled(tmp_path, 3 * [True, False])
+    preprocess(config)
+    assert "12 completions scored" in capsys.readouterr().out
+    train(config)
+    assert "completions scored" not in capsys.readouterr().out
+
+
+def test_pairs_are_taken_apart_and_planned_so(tmp_path: Path) -> None:
+    """Twelve pairs, two of them held out, make twenty completions: five steps of four an epoch."""
+    result = train(run_config(tmp_path, rl="kto", val_set_size=2, num_epochs=2))
+
+    assert result.record["data"]["groups"] == 24
+    assert result.record["batch"]["steps_per_epoch"] == 5
+    assert result.record["batch"]["steps"] == len(logs(result, "loss")) == 10
+    assert result.record["audit"]["labels"] == {"train": (10, 10), "evaluation": (2, 2)}
+    assert "| completions a step and process | 4 |" in (result.output_dir / "README.md").read_text()
 
 
 @pytest.mark.parametrize("label", [True, False], ids=["desirable", "undesirable"])
