@@ -1,18 +1,22 @@
 """KTO from labelled rows to an aligned model: real data, full and LoRA, evaluated, stopped and resumed."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fiducial.errors import DataError
 from fiducial.evaluate import evaluate
 from fiducial.train import TrainResult, preprocess, train
 from fiducial.training.callbacks import Interrupted, read_metrics_lines
+from launching import torchrun
 from resuming import interrupt_after, left_behind
 from run_configs import run_config, write_labelled
 
+WORKER = Path(__file__).parents[1] / "run_worker.py"
 KINDS: dict[str, dict[str, Any]] = {
     "full": {},
     "lora": {"adapter": "lora", "lora_r": 4, "lora_dropout": 0.1, "learning_rate": 1e-2},
@@ -133,6 +137,55 @@ def test_mismatched_completions_are_scored_once_and_kept(
     assert "12 completions scored" in capsys.readouterr().out
     train(config)
     assert "completions scored" not in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which two processes did the runs of `SPREAD`."""
+    folder = tmp_path_factory.mktemp("two")
+    runs = [{"settings": spread(folder, kind, size=2), "stop_after": None} for kind in SPREAD]
+    (folder / "runs.json").write_text(json.dumps(runs), encoding="utf-8")
+    torchrun(WORKER, str(folder / "runs.json"))
+    return folder
+
+
+SPREAD: dict[str, dict[str, Any]] = {"replicated": {}, "sharded": {"fsdp_version": 2}}
+
+
+def spread(folder: Path, kind: str, *, size: int) -> dict[str, Any]:
+    """Thirteen rows, three held out: the last of two epochs' three steps leaves a process with one row.
+
+    Of a few rows a pass: so few tokens that processes need different numbers of both kinds of passes.
+    """
+    return labelled(
+        folder,
+        6 * [True, False] + [True],
+        **SPREAD[kind],
+        micro_batch_size=size,
+        micro_batch_tokens=40,
+        eval_batch_size=1,
+        val_set_size=3,
+        num_epochs=2,
+        optimizer="sgd",
+        learning_rate=0.1,
+        output_dir=str(folder / kind),
+    )
+
+
+@pytest.mark.parametrize("kind", SPREAD)
+def test_two_processes_train_and_evaluate_as_one(tmp_path: Path, two_processes: Path, kind: str) -> None:
+    alone = train(spread(tmp_path, "replicated", size=4))
+    together = [record for _, record in read_metrics_lines(two_processes / kind / "metrics.jsonl")]
+
+    assert max(logs(alone, "kl")) > 1e-3
+    assert max(logs(alone, "eval_kl")) > 1e-3
+    for name in ("loss", "kl", "rewards/margins", "eval_loss", "eval_kl", "eval_rewards/margins"):
+        found = [line[name] for line in together if name in line]
+        assert found == pytest.approx(logs(alone, name), rel=1e-4, abs=1e-5), name
+    weights, expected = (
+        load_file(at / "model.safetensors") for at in (two_processes / kind, alone.output_dir)
+    )
+    assert max((weights[name] - expected[name]).abs().max().item() for name in expected) < 1e-5
 
 
 def test_pairs_are_taken_apart_and_planned_so(tmp_path: Path) -> None:
