@@ -147,7 +147,8 @@ class OutOfMemoryAbove:
         self.passes.append(batch.input_ids.numel())
         logps = self.scorer(batch, statistics)
         if batch.input_ids.numel() > self.limit:
-            logps.values.sum().backward()  # as a failure in mid-step leaves gradients behind
+            if logps.values.requires_grad:
+                logps.values.sum().backward()  # as a failure in mid-step leaves gradients behind
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return logps
 
@@ -171,6 +172,30 @@ def test_running_out_of_memory_halves_the_budget_and_repeats_the_step(tmp_path: 
     assert distance(gradients, expected) < 1e-5 * max(g.abs().max().item() for g in expected.values())
     assert trainer.running.sums.num_pairs == 8
     assert scorer.passes[0] > 200 >= scorer.passes[-1]
+
+
+class OutOfMemoryOnce(OutOfMemoryAbove):
+    """Another program takes the memory just before this scorer's second pass."""
+
+    def __call__(self, batch, statistics=()) -> TokenLogps:
+        self.limit = 0 if len(self.passes) == 1 else 10**6
+        return super().__call__(batch, statistics)
+
+
+def test_an_evaluation_that_runs_out_of_memory_counts_every_group_once(tmp_path: Path) -> None:
+    budget, rows = 100, random_groups(8, seed=9)
+    trainer = build_trainer(
+        tmp_path, evaluation=rows, budget=budget, layout="packed", per_device_eval_batch_size=4
+    )
+    expected = trainer.evaluate()
+    objective = trainer.objective
+    scorer = OutOfMemoryOnce(objective.scorer, 0)
+    trainer.objective = harness.Objective(scorer, objective.reference, objective.loss)
+    found = trainer.evaluate()
+    assert trainer.running.micro_batch_tokens < budget
+    assert len(scorer.passes) > 4
+    for name in ("eval_loss", "eval_logps/chosen", "eval_lengths/rejected"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-5)
 
 
 def test_a_group_that_does_not_fit_alone_is_an_error(tmp_path: Path) -> None:
