@@ -14,6 +14,7 @@ from torch import Tensor
 from torch import distributed as dist
 from transformers import PreTrainedModel
 
+from fiducial.config import methods
 from fiducial.config.methods import MethodConfig
 from fiducial.data.tokenize import TokenizedGroup
 from fiducial.logps import Comparison
@@ -61,8 +62,30 @@ MADE_UP = {
 """One loss for each thing that a loss may be told of the whole step."""
 
 
+MODIFIED: dict[str, MethodConfig] = {
+    "mixture": methods.MixtureConfig(
+        losses=(
+            methods.DPOConfig(ld_alpha=0.3, use_weighting=True),
+            methods.BCOPairConfig(ld_alpha=0.3, use_weighting=True),
+            methods.AOTConfig(ld_alpha=0.3),
+            methods.SFTConfig(),
+        ),
+        weights=(0.8, 0.3, 0.5, 1.0),
+    ),
+    "mixture of pairs": methods.MixtureConfig(
+        losses=(methods.DPOConfig(), methods.IPOConfig()), weights=(0.8, 2.0)
+    ),
+    "ld_alpha": methods.DPOConfig(ld_alpha=0.3, rpo_alpha=0.5),
+    "ld_alpha of a whole step": methods.AOTConfig(ld_alpha=0.3),
+    "use_weighting": methods.DPOConfig(use_weighting=True),
+    "f_divergence_type": methods.DPOConfig(f_divergence_type="alpha_divergence", f_alpha_divergence_coef=0.3),
+}
+"""What a user may do to a loss of the table: weighted sums, and every modifier."""
+
+
 def losses() -> dict[str, Loss]:
-    return MADE_UP | {name(config): build_loss(config()) for config in LOSSES}
+    table = {name(config): build_loss(config()) for config in LOSSES}
+    return MADE_UP | table | {modified: build_loss(method) for modified, method in MODIFIED.items()}
 
 
 def groups_of_the_step(loss: str) -> list[TokenizedGroup]:

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from fiducial.data.tokenize import TokenizedGroup
 from fiducial.logps import Comparison
-from fiducial.losses import Loss
+from fiducial.losses import LOSSES, Loss
+from fiducial.losses.modifiers import MODIFIERS
 from fiducial.training.objective import Objective
 from launching import torchrun
-from step_gradients import MADE_UP, cut, gradient, groups_of_the_step, losses
+from step_gradients import MADE_UP, MODIFIED, cut, gradient, groups_of_the_step, losses
 
 SCRIPT = Path(__file__).parents[1] / "step_gradients.py"
 ALL = losses()
@@ -31,6 +32,14 @@ def test_passes(name: str, passes: int) -> None:
     whole = in_passes(ALL[name], 1, name=name)
     assert whole[:-2].abs().max() > 1e-3
     assert_same(in_passes(ALL[name], passes, name=name), whole)
+
+
+def test_every_loss_and_every_modifier_is_cut() -> None:
+    parts = [part for method in MODIFIED.values() for part in getattr(method, "losses", (method,))]
+    assert set(ALL) >= {config.model_fields["name"].default for config in LOSSES} | MODIFIED.keys()
+    assert {modifier for part in parts for modifier in MODIFIERS if getattr(part, modifier, None)} == set(
+        MODIFIERS
+    )
 
 
 @pytest.fixture(scope="module")
