@@ -19,9 +19,18 @@ def naive_token_logps(model: PreTrainedModel, groups: list[TokenizedGroup]) -> T
     return torch.cat(values)
 
 
+def log_sigmoid(x: Tensor) -> Tensor:
+    """-log(1 + e^-x), which does not overflow where the two are added as logarithms."""
+    return -torch.logaddexp(torch.zeros_like(x), -x)
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    return log_sigmoid(x).exp()
+
+
 def dpo(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
     """-log σ(β·(chosen - rejected)) from log-ratios, the textbook way."""
-    return -torch.log(1 / (1 + torch.exp(-beta * (chosen - rejected))))
+    return -log_sigmoid(beta * (chosen - rejected))
 
 
 def ipo(chosen_mean: Tensor, rejected_mean: Tensor, *, beta: float) -> Tensor:
@@ -30,23 +39,21 @@ def ipo(chosen_mean: Tensor, rejected_mean: Tensor, *, beta: float) -> Tensor:
 
 
 def orpo(chosen_mean: Tensor, rejected_mean: Tensor, *, beta: float) -> Tensor:
-    """NLL minus β log σ of the log odds ratio, with the odds written out."""
-    odds = [torch.exp(logp) / (1 - torch.exp(logp)) for logp in (chosen_mean, rejected_mean)]
-    return -chosen_mean - beta * torch.log(torch.sigmoid(torch.log(odds[0] / odds[1])))
+    """NLL minus β log σ of the log odds ratio."""
+    odds = [logp - torch.log(1 - torch.exp(logp)) for logp in (chosen_mean, rejected_mean)]
+    return -chosen_mean - beta * log_sigmoid(odds[0] - odds[1])
 
 
 def simpo(
     chosen_mean: Tensor, rejected_mean: Tensor, *, beta: float, gamma: float, cpo_alpha: float
 ) -> Tensor:
     """-log σ(β·margin - γ) + cpo_alpha · NLL."""
-    reward = torch.sigmoid(beta * chosen_mean - beta * rejected_mean - gamma)
-    return -torch.log(reward) + cpo_alpha * -chosen_mean
+    return -log_sigmoid(beta * chosen_mean - beta * rejected_mean - gamma) + cpo_alpha * -chosen_mean
 
 
 def smoothed(margin: Tensor, *, label_smoothing: float) -> Tensor:
     """Cross-entropy of σ(margin) against a label that is wrong with probability `label_smoothing`."""
-    right = 1 / (1 + torch.exp(-margin))
-    return -(1 - label_smoothing) * torch.log(right) - label_smoothing * torch.log(1 - right)
+    return -(1 - label_smoothing) * log_sigmoid(margin) - label_smoothing * log_sigmoid(-margin)
 
 
 def attention(
@@ -93,6 +100,5 @@ def kto(policy: Tensor, reference: Tensor, label: Tensor, mismatched: Tensor, *,
     values = []
     for logp, start, desirable in zip(policy, reference, label, strict=True):
         distance = beta * (logp - start - point)
-        value = 1 / (1 + torch.exp(-distance if desirable else distance))
-        values.append(1 - value)
+        values.append(1 - sigmoid(distance if desirable else -distance))
     return torch.stack(values)

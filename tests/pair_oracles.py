@@ -8,12 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from oracles import log_sigmoid, sigmoid, smoothed
+
 Naive = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Of all policy sums, reference sums and token counts (chosen, rejected, chosen, …) to one loss a pair."""
-
-
-def sigmoid(x: Tensor) -> Tensor:
-    return 1 / (1 + torch.exp(-x))
 
 
 def by_pair(formula: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Naive:
@@ -33,24 +31,22 @@ def hinge(beta: float) -> Naive:
 
 def exo_pair(beta: float, eps: float) -> Naive:
     def formula(w: Tensor, v: Tensor, n: Tensor, m: Tensor) -> Tensor:
-        q = torch.softmax(beta * torch.stack([w, v]), 0)
+        log_q = torch.log_softmax(beta * torch.stack([w, v]), 0)
         p = torch.tensor([1 - eps, eps], dtype=torch.float64)
-        return (q * (q / p).log()).sum()
+        return (log_q.exp() * (log_q - p.log())).sum()
 
     return by_pair(formula)
 
 
 def nca_pair(beta: float) -> Naive:
     return by_pair(
-        lambda w, v, n, m: (
-            -(sigmoid(beta * w).log() + (sigmoid(-beta * w).log() + sigmoid(-beta * v).log()) / 2)
-        )
+        lambda w, v, n, m: -(log_sigmoid(beta * w) + (log_sigmoid(-beta * w) + log_sigmoid(-beta * v)) / 2)
     )
 
 
 def robust(beta: float, eps: float) -> Naive:
     def formula(w: Tensor, v: Tensor, n: Tensor, m: Tensor) -> Tensor:
-        right, flipped = -sigmoid(beta * (w - v)).log(), -sigmoid(beta * (v - w)).log()
+        right, flipped = -log_sigmoid(beta * (w - v)), -log_sigmoid(beta * (v - w))
         return ((1 - eps) * right - eps * flipped) / (1 - 2 * eps)
 
     return by_pair(formula)
@@ -62,7 +58,7 @@ def bco_pair(beta: float, *, running: bool, delta: float = 0.0, seen: float = 0.
     def naive(policy: Tensor, reference: Tensor, tokens: Tensor) -> Tensor:
         rewards = beta * (policy - reference)
         shift = (delta * seen + rewards.sum().item()) / (seen + len(rewards)) if running else 0.0
-        return -sigmoid(rewards[0::2] - shift).log() - sigmoid(-(rewards[1::2] - shift)).log()
+        return -log_sigmoid(rewards[0::2] - shift) - log_sigmoid(-(rewards[1::2] - shift))
 
     return naive
 
@@ -81,8 +77,8 @@ def transport(beta: float, eps: float, *, paired: bool) -> Naive:
         ranked = sorted(range(len(worse)), key=lambda i: worse[i].item())
         values: list[Tensor] = [better[0]] * len(better)
         for rank, i in enumerate(sorted(range(len(better)), key=lambda i: better[i].item())):
-            gap = sigmoid(beta * (better[i] - worse[ranked[rank]]))
-            values[i] = -(1 - eps) * gap.log() - eps * (1 - gap).log()
+            gap = beta * (better[i] - worse[ranked[rank]])
+            values[i] = smoothed(gap, label_smoothing=eps)
         return torch.stack(values)
 
     return naive
@@ -99,8 +95,7 @@ def apo_down(beta: float) -> Naive:
 def discopop(beta: float, tau: float) -> Naive:
     def formula(w: Tensor, v: Tensor, n: Tensor, m: Tensor) -> Tensor:
         z = beta * (w - v)
-        share = sigmoid(z / tau)
-        return (1 - share) * -sigmoid(z).log() + share * torch.exp(-z)
+        return sigmoid(-z / tau) * -log_sigmoid(z) + torch.exp(log_sigmoid(z / tau) - z)
 
     return by_pair(formula)
 
@@ -111,35 +106,36 @@ def sft(policy: Tensor, reference: Tensor, tokens: Tensor) -> Tensor:
 
 
 def sigmoid_norm(beta: float) -> Naive:
-    return by_pair(lambda w, v, n, m: -sigmoid(beta * w / n - beta * v / m).log())
+    return by_pair(lambda w, v, n, m: -log_sigmoid(beta * w / n - beta * v / m))
 
 
 def dpop(beta: float, penalty: float) -> Naive:
     def formula(w: Tensor, v: Tensor, n: Tensor, m: Tensor) -> Tensor:
         fallen = -w if w < 0 else 0 * w
-        return -sigmoid(beta * (w - v - penalty * fallen)).log()
+        return -log_sigmoid(beta * (w - v - penalty * fallen))
 
     return by_pair(formula)
 
 
 def r_dpo(beta: float, alpha: float) -> Naive:
     return by_pair(
-        lambda w, v, n, m: -sigmoid(beta * w + alpha * n.double() - beta * v - alpha * m.double()).log()
+        lambda w, v, n, m: -log_sigmoid(beta * w + alpha * n.double() - beta * v - alpha * m.double())
     )
 
 
 def cal_dpo(beta: float) -> Naive:
-    return by_pair(lambda w, v, n, m: -sigmoid(w - v).log() + (w - 0.5 / beta) ** 2 + (v + 0.5 / beta) ** 2)
+    return by_pair(lambda w, v, n, m: -log_sigmoid(w - v) + (w - 0.5 / beta) ** 2 + (v + 0.5 / beta) ** 2)
 
 
-def beta_dpo(beta: float, alpha: float) -> Naive:
-    """Nothing filtered, in the first step: the running mean is the step's own."""
+def beta_dpo(beta: float, alpha: float, *, momentum: float = 0.0, mean: float = 0.0) -> Naive:
+    """Nothing filtered; `mean` is the running mean before the step, none in the first."""
 
     def naive(policy: Tensor, reference: Tensor, tokens: Tensor) -> Tensor:
         ratio = policy - reference
         margin = ratio[0::2] - ratio[1::2]
-        rewards = (beta * margin).detach()
-        return -sigmoid(beta * (1 + alpha * (rewards.mean() - rewards.mean())) * margin).log()
+        own = margin.detach().mean()
+        running = momentum * mean + (1 - momentum) * own
+        return -log_sigmoid(beta * (1 + alpha * (own - running)) * margin)
 
     return naive
 
@@ -147,7 +143,7 @@ def beta_dpo(beta: float, alpha: float) -> Naive:
 def f_dpo(beta: float, derivative: Callable[[Tensor], Tensor]) -> Naive:
     """DPO with f'(u) of the density ratio u."""
     return by_pair(
-        lambda w, v, n, m: -sigmoid(beta * derivative(torch.exp(w)) - beta * derivative(torch.exp(v))).log()
+        lambda w, v, n, m: -log_sigmoid(beta * derivative(torch.exp(w)) - beta * derivative(torch.exp(v)))
     )
 
 
@@ -167,9 +163,9 @@ def cpo(beta: float, weight: float, preference: Callable[[Tensor], Tensor]) -> N
 
 def alphapo(beta: float, gamma: float, alpha: float, weight: float) -> Naive:
     def naive(policy: Tensor, reference: Tensor, tokens: Tensor) -> Tensor:
-        mean = torch.exp(policy / tokens)
-        reward = beta * (1 - mean**-alpha) / alpha
-        return -sigmoid(reward[0::2] - reward[1::2] - gamma).log() - weight * mean[0::2].log()
+        mean = policy / tokens
+        reward = beta * (1 - torch.exp(mean) ** -alpha) / alpha
+        return -log_sigmoid(reward[0::2] - reward[1::2] - gamma) - weight * mean[0::2]
 
     return naive
 

@@ -16,48 +16,12 @@ from fiducial.losses import build_loss
 from fiducial.model.scoring import Scorer
 from fiducial.reference.sources import NoReference
 from fiducial.training.objective import Objective
+from list_twins import LIST_TWINS
 from tiny import random_groups, tiny_model
 
-SIZES = [3, 2, 4, 3]
-
-
-def plackett_luce(policy: Tensor, reference: Tensor, scores: Tensor, tokens: Tensor) -> Tensor:
-    reward = 0.3 * (policy - reference)
-    return -sum(torch.log(reward[k].exp() / reward[k:].exp().sum()) for k in range(len(reward)))
-
-
-def info_nca(policy: Tensor, reference: Tensor, scores: Tensor, tokens: Tensor) -> Tensor:
-    return -((scores / 0.7).softmax(0) * (0.3 * (policy - reference)).log_softmax(0)).sum()
-
-
-def nca(policy: Tensor, reference: Tensor, scores: Tensor, tokens: Tensor) -> Tensor:
-    likely = torch.sigmoid(0.3 * (policy - reference))
-    return -((scores / 0.7).softmax(0) * likely.log()).sum() - (1 - likely).log().mean()
-
-
-def tpo(policy: Tensor, reference: Tensor, scores: Tensor, tokens: Tensor) -> Tensor:
-    return -torch.sigmoid(0.3 * (policy[1] - policy[2])).log() - 0.5 * policy[0] / tokens[0]
-
-
-def odpo(policy: Tensor, reference: Tensor, scores: Tensor, tokens: Tensor) -> Tensor:
-    ratio = policy - reference
-    return -torch.sigmoid(0.3 * (ratio[0] - ratio[1]) - 0.6 * torch.log(scores[0] - scores[1])).log()
-
-
-def odpo_identity(policy: Tensor, reference: Tensor, scores: Tensor, tokens: Tensor) -> Tensor:
-    ratio = policy - reference
-    return -torch.sigmoid(0.3 * (ratio[0] - ratio[1]) - 0.6 * (scores[0] - scores[1])).log()
-
-
-TWINS: list[tuple[MethodConfig, Callable[..., Tensor], list[int]]] = [
-    (methods.PlackettLuceConfig(beta=0.3), plackett_luce, SIZES),
-    (methods.InfoNCAConfig(beta=0.3, temperature=0.7), info_nca, SIZES),
-    (methods.NCAConfig(beta=0.3, temperature=0.7), nca, SIZES),
-    (methods.TPOConfig(beta=0.3, gold_weight=0.5), tpo, [3, 3, 3]),
-    (methods.ODPOConfig(beta=0.3, offset_weight=0.6), odpo, [2, 2, 2]),
-    (methods.ODPOConfig(beta=0.3, offset_weight=0.6, offset_scale="identity"), odpo_identity, [2, 2, 2]),
-]
-each_twin = pytest.mark.parametrize(("method", "naive", "sizes"), TWINS, ids=[t[1].__name__ for t in TWINS])
+each_twin = pytest.mark.parametrize(
+    ("method", "naive", "sizes"), LIST_TWINS, ids=[t[1].__name__ for t in LIST_TWINS]
+)
 
 
 def drawn(sizes: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -184,7 +148,7 @@ def test_stays_finite_at_the_extremes(
 
 
 def test_nothing_to_compare_is_an_empty_result() -> None:
-    for method, *_ in TWINS:
+    for method, *_ in LIST_TWINS:
         given = comparison(*(values[:0] for values in drawn([2])), [])
         assert build_loss(method)(given).loss.shape == (0,)
 
