@@ -5,6 +5,7 @@ Writes, from rank 0, the gradients of each optimizer step, what was logged, and 
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
+from fiducial.config.methods import TDPO2Config
+from fiducial.model.scoring import Scorer
+from fiducial.reference.sources import AdapterOff, Reference, SeparateModel
 from fiducial.train import train
 from fiducial.training.trainer import PreferenceTrainer
 from run_configs import run_config
@@ -69,6 +73,8 @@ def main(folder: Path, mode: str, budget: int, rows: int) -> None:
         budget=budget,
         layout="packed",
         callbacks=[gradients],
+        method=TDPO2Config() if "tdpo" in mode else None,
+        live=live_reference(mode) if "tdpo" in mode else None,
         per_device_train_batch_size=4 // processes,
         per_device_eval_batch_size=2,
         max_steps=3,
@@ -92,6 +98,13 @@ def main(folder: Path, mode: str, budget: int, rows: int) -> None:
     if trainer.is_world_process_zero():
         torch.save(result, folder / f"{mode}.pt")
     AcceleratorState._reset_state()  # accelerate keeps it for the whole process
+
+
+def live_reference(mode: str) -> Callable[[Scorer], Reference]:
+    """The adapter switched off, or a model of its own that is not sharded."""
+    if "lora" in mode:
+        return AdapterOff
+    return lambda scorer: SeparateModel(Scorer(tiny_model(seed=1), layout=scorer.layout))
 
 
 def run_settings(folder: Path) -> dict[str, Any]:

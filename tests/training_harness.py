@@ -1,6 +1,6 @@
 """What the trainer is handed, without the rest of the house: a tiny policy, a stored reference, a loss."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +9,14 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from fiducial.config.methods import DPOConfig
+from fiducial.config.methods import DPOConfig, MethodConfig
 from fiducial.data.batch import Layout, PackedBatch
 from fiducial.data.tokenize import TokenizedGroup
 from fiducial.logps import TokenLogps
 from fiducial.losses import build_loss
 from fiducial.model.divergence import Distribution
 from fiducial.model.scoring import Scorer
+from fiducial.reference.sources import Reference
 from fiducial.training.objective import Objective
 from fiducial.training.trainer import PreferenceTrainer, TrainingData
 from tiny import random_groups, tiny_model
@@ -86,17 +87,19 @@ def build_trainer(
     budget: int = 10_000,
     layout: Layout = "padded",
     callbacks: Sequence[TrainerCallback] = (),
+    method: MethodConfig | None = None,
+    live: Callable[[Scorer], Reference] | None = None,
     **arguments: Any,
 ) -> PreferenceTrainer:
-    """A trainer whose reference is its own starting policy."""
+    """A trainer of `method` (DPO), whose reference is its own starting policy unless it is `live`."""
     model = tiny_model() if model is None else model
     groups = random_groups(12) if groups is None else groups
     scorer = Scorer(model, layout=layout)
-    reference = StoredReference(scorer, [*groups, *(evaluation or [])])
+    reference = live(scorer) if live else StoredReference(scorer, [*groups, *(evaluation or [])])
     trainer = PreferenceTrainer(
         model,
         training_arguments(output_dir, **arguments),
-        Objective(scorer, reference, build_loss(DPOConfig())),
+        Objective(scorer, reference, build_loss(method or DPOConfig())),
         TrainingData(Rows(groups), Rows(evaluation) if evaluation else None),
         micro_batch_tokens=budget,
         callbacks=callbacks,

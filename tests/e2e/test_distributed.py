@@ -11,7 +11,8 @@ from fiducial.training.callbacks import read_metrics_lines
 from launching import torchrun
 
 WORKER = Path(__file__).parents[1] / "distributed_worker.py"
-MODES = ("full", "lora", "mean-per-process", "full-fsdp2", "tied-fsdp2", "lora-fsdp2")
+TDPO = ("tdpo-full", "tdpo-full-fsdp2", "tdpo-tied-fsdp2", "tdpo-lora-fsdp2")
+MODES = ("full", "lora", "mean-per-process", "full-fsdp2", "tied-fsdp2", "lora-fsdp2", *TDPO)
 BUDGET = 60  # the processes need different numbers of micro-batches
 ROWS = 9  # steps of 4, 4 and 1: in the last one the second process has nothing
 
@@ -51,14 +52,16 @@ def logged(result: dict, name: str) -> list[float]:
     return [log[name] for log in result["logs"] if name in log]
 
 
-@pytest.mark.parametrize("mode", ["full", "lora", "full-fsdp2", "tied-fsdp2", "lora-fsdp2"])
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "mean-per-process"])
 def test_two_processes_train_as_one(tmp_path: Path, two_processes: dict[str, dict], mode: str) -> None:
     alone = run_one(tmp_path, mode.removesuffix("-fsdp2"))
     together = two_processes[mode]
     assert together["fsdp2"] == mode.endswith("fsdp2")
     assert together["ddp"] != together["fsdp2"]
     assert max(distances(alone, together)) < 1e-4
-    for name in ("loss", "rewards/margins", "kl", "eval_loss", "eval_rewards/margins"):
+    divergences = ("sequence_kl/chosen", "eval_sequence_kl/rejected") if "tdpo" in mode else ()
+    assert all(min(logged(alone, name)) > 0.1 for name in divergences)
+    for name in ("loss", "rewards/margins", "kl", "eval_loss", "eval_rewards/margins", *divergences):
         assert logged(together, name) == pytest.approx(logged(alone, name), rel=1e-4, abs=1e-5)
     assert len(logged(together, "loss")) == 3
 
