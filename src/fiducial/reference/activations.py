@@ -13,11 +13,11 @@ alone, s · h, and one layer at a time is stored in full.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fiducial.config.schema import RunConfig
 from fiducial.reference.facts import Facts
-from fiducial.reference.precision import HeldPrecision
+from fiducial.reference.precision import BYTES, HeldPrecision
 from fiducial.reference.trained import target_weights
 
 HEAD_KEPT_BYTES = 256 * 2**20
@@ -53,34 +53,56 @@ def stored_bytes_per_token(cfg: RunConfig, facts: Facts, precision: HeldPrecisio
 
 
 @dataclass(frozen=True, slots=True)
+class Logits:
+    """Arrays of logits, of which no more than `most` bytes are held whatever the number of tokens."""
+
+    most: int
+    per_token: int
+    """Bytes of the whole vocabulary's."""
+
+
+@dataclass(frozen=True, slots=True)
 class PassBytes:
-    """Memory of one forward (and backward) pass: a part for each token, and a part that stays the same."""
+    """Memory of one forward (and backward) pass: a part for each token, and parts that do not grow."""
 
     per_token: int
-    fixed: int
-    """What the head takes whatever the number of tokens, unless all their logits are less."""
-    logits_per_token: int
+    logits: tuple[Logits, ...]
+    constant: int = 0
+    """What is taken however few the tokens are."""
+
+    @property
+    def fixed(self) -> int:
+        """What does not grow with the tokens, once there are many."""
+        return self.constant + sum(part.most for part in self.logits)
 
     def of(self, tokens: int) -> int:
         """Bytes of a pass over `tokens` tokens."""
-        return tokens * self.per_token + min(self.fixed, tokens * self.logits_per_token)
+        logits = sum(min(part.most, tokens * part.per_token) for part in self.logits)
+        return self.constant + tokens * self.per_token + logits
 
 
 def training_pass(cfg: RunConfig, facts: Facts, precision: HeldPrecision) -> PassBytes:
     """Peak bytes of a training pass, every token counted as scored (an upper bound).
 
     Beside what is stored: the gradients of the layer the backward is in, its recomputed activations under
-    gradient checkpointing, and the head's hidden states, kept logits and chunk.
+    gradient checkpointing, and the head's hidden states, kept logits and chunk. A loss that compares whole
+    distributions walks a second head beside the policy's.
     """
     sizes = facts.model.sizes
     width = sizes.intermediate * sizes.active_experts
     working = 3 * (width * precision.products + sizes.hidden * precision.residual)
     if cfg.model.gradient_checkpointing:
         working += _layer_bytes(cfg, facts, precision)
-    head = _head(facts, precision)
-    kept = HEAD_KEPT_BYTES if cfg.adapter is None else 0
+    heads = [_head(facts, precision)]
+    if cfg.method is not None and cfg.method.needs_distribution:
+        heads.append(_second_head(cfg, facts, precision))
+    kept = Logits(HEAD_KEPT_BYTES if cfg.adapter is None else 0, precision.products * sizes.vocab_size)
     stored = stored_bytes_per_token(cfg, facts, precision)
-    return PassBytes(stored + working + head.per_token, head.fixed + kept, head.logits_per_token)
+    return PassBytes(
+        stored + working + sum(head.per_token for head in heads),
+        (kept, *(part for head in heads for part in head.logits)),
+        sum(head.constant for head in heads),
+    )
 
 
 def scoring_pass(facts: Facts, precision: HeldPrecision) -> PassBytes:
@@ -89,7 +111,7 @@ def scoring_pass(facts: Facts, precision: HeldPrecision) -> PassBytes:
     width = sizes.intermediate * sizes.active_experts
     layer = precision.products * (2 * sizes.queries + 2 * sizes.keys + 3 * width) + 4 * 3 * sizes.hidden
     head = _head(facts, precision)
-    return PassBytes(layer + head.per_token, head.fixed, head.logits_per_token)
+    return PassBytes(layer + head.per_token, head.logits)
 
 
 def _head(facts: Facts, precision: HeldPrecision) -> PassBytes:
@@ -97,8 +119,18 @@ def _head(facts: Facts, precision: HeldPrecision) -> PassBytes:
     sizes = facts.model.sizes
     chunk = min(sizes.vocab_size, HEAD_SMALLEST_CHUNK)
     per_token = sizes.hidden * (precision.products + 4) + 2 * 4 * chunk
-    fixed = 2 * 4 * HEAD_CHUNK_LOGITS["gpu" if precision.gpu else "cpu"]
-    return PassBytes(per_token, fixed, 2 * 4 * sizes.vocab_size)
+    most = 2 * 4 * HEAD_CHUNK_LOGITS["gpu" if precision.gpu else "cpu"]
+    return PassBytes(per_token, (Logits(most, 2 * 4 * sizes.vocab_size),))
+
+
+def _second_head(cfg: RunConfig, facts: Facts, precision: HeldPrecision) -> PassBytes:
+    """The reference's hidden states, their head's chunk, and where the head is trained its gradient again.
+
+    Backward makes four arrays of a chunk at once: both logits, their exponentials.
+    """
+    sizes = facts.model.sizes
+    once_more = sizes.vocab_size * sizes.hidden * BYTES[precision.weights] if cfg.adapter is None else 0
+    return replace(_head(facts, precision), constant=once_more)
 
 
 def _layer_bytes(cfg: RunConfig, facts: Facts, precision: HeldPrecision) -> int:

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-from fiducial.config.methods import DPOConfig, KTOConfig
+from fiducial.config.methods import DPOConfig, KTOConfig, TDPO2Config
 from fiducial.config.schema import (
     AdapterConfig,
     DataConfig,
@@ -20,6 +20,8 @@ from fiducial.config.schema import (
     ReferenceConfig,
     RunConfig,
 )
+from fiducial.data.tokenize import TokenizedGroup
+from fiducial.logps import KL
 from fiducial.model import head
 from fiducial.model.scoring import Scorer
 from fiducial.reference.activations import (
@@ -39,6 +41,7 @@ from fiducial.reference.memory import (
 )
 from fiducial.reference.plan import plan_reference
 from fiducial.reference.precision import held_precision
+from fiducial.reference.sources import SeparateModel
 from fiducial.reference.trained import USUAL_TARGETS, count_trained
 from tiny import random_groups, save_checkpoint, tiny_model
 
@@ -143,30 +146,70 @@ def test_the_formula_holds_with_gradient_checkpointing(checkpoints: dict[str, Pa
     assert formula == pytest.approx(stored_per_token(model.train()), rel=0.1)
 
 
-@pytest.mark.parametrize(
-    "adapter", [None, AdapterConfig(kind="lora", target_linear=True)], ids=["full", "lora"]
-)
-def test_a_pass_peaks_where_the_formula_says(
-    adapter: AdapterConfig | None, checkpoints: dict[str, Path]
-) -> None:
-    policy: Any = tiny_model("llama", **SIZES, **FAMILY["llama"])
-    if adapter is not None:
-        policy = get_peft_model(policy, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+def peak(policy: Any, groups: list[TokenizedGroup], against: SeparateModel | None = None) -> tuple[int, int]:
+    """Tokens, and most bytes at once of a forward and backward pass."""
     scorer = Scorer(policy, layout="packed")
-    batch = scorer.pack(random_groups(20, longest=60))
+    batch = scorer.pack(groups)
+
+    def forward_and_backward() -> None:
+        if against is None:
+            scorer(batch).values.sum().backward()
+            return
+        scored = scorer(batch, (), against.distribution(batch)[1])
+        (scored.values.sum() + scored.statistics[KL].sum()).backward()
+
     for parameter in policy.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    scorer(batch)  # what is measured once at the start
+    forward_and_backward()  # what is measured once at the start
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
     ) as profile:
-        scorer(batch).values.sum().backward()
-    changes = [
-        event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"
-    ]
+        forward_and_backward()
+    events = profile.profiler.kineto_results.events()
+    changes = [event.nbytes() for event in events if event.name() == "[memory]"]
+    return batch.input_ids.numel(), max(accumulate(changes))
+
+
+BOTH = pytest.mark.parametrize(
+    "adapter", [None, AdapterConfig(kind="lora", target_linear=True)], ids=["full", "lora"]
+)
+
+
+def tiny_policy(adapter: AdapterConfig | None, **overrides: Any) -> Any:
+    policy = tiny_model("llama", **SIZES, **FAMILY["llama"], **overrides)
+    if adapter is None:
+        return policy
+    return get_peft_model(policy, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+@BOTH
+def test_a_pass_peaks_where_the_formula_says(
+    adapter: AdapterConfig | None, checkpoints: dict[str, Path]
+) -> None:
+    tokens, measured = peak(tiny_policy(adapter), random_groups(20, longest=60))
     cfg = run_config(checkpoints["llama"], adapter=adapter)
     formula = training_pass(cfg, gather_facts(cfg), held_precision(cfg, gpu=False))
-    assert formula.of(batch.input_ids.numel()) == pytest.approx(max(accumulate(changes)), rel=0.3)
+    assert formula.of(tokens) == pytest.approx(measured, rel=0.3)
+
+
+@BOTH
+def test_a_second_head_beside_it_takes_what_the_formula_says(
+    adapter: AdapterConfig | None, tmp_path: Path
+) -> None:
+    vocabulary = {"vocab_size": 8192}
+    policy, groups = tiny_policy(adapter, **vocabulary), random_groups(20, longest=60)
+    second = Scorer(tiny_model("llama", seed=1, **SIZES, **FAMILY["llama"], **vocabulary), layout="packed")
+    checkpoint = save_checkpoint(tmp_path / "wide", "llama", **SIZES, **FAMILY["llama"], **vocabulary)
+    cfg = run_config(checkpoint, adapter=adapter)
+    facts, precision = gather_facts(cfg), held_precision(cfg, gpu=False)
+    tokens, alone = peak(policy, groups)
+    _, beside = peak(policy, groups, SeparateModel(second))
+
+    comparing = cfg.model_copy(update={"method": TDPO2Config()})
+    one, two = (training_pass(each, facts, precision).of(tokens) for each in (cfg, comparing))
+
+    assert two == pytest.approx(beside, rel=0.3)
+    assert beside - alone < two - one < 3 * (beside - alone)
 
 
 def test_full_fine_tuning_holds_weights_gradients_and_two_moments(checkpoints: dict[str, Path]) -> None:
