@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from fiducial.config.methods import METHODS, MethodConfig, MixtureConfig
+from fiducial.config.methods.dpo import MODIFIERS
 from fiducial.logps import Comparison, Completions, SequenceLogps
 from fiducial.loss_table import allowed, default, yaml_key
 from fiducial.losses import LOSSES, build_loss
@@ -22,7 +23,6 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "losses.md"
 FOLDER = ROOT / "docs" / "losses"
 NOTES = FOLDER / "notes.yaml"
-MODIFIERS = ("ld_alpha", "rpo_alpha", "use_weighting", "f_divergence_type", "f_alpha_divergence_coef")
 WIDTH, HEIGHT, EDGE = 360, 200, 34
 TOKENS, LOGP = 1, -20.0
 """Each completion of a plotted pair: its length (so that sums and means are one), and its log-prob."""
@@ -60,6 +60,7 @@ def _section(method: type[MethodConfig], note: dict[str, str]) -> str:
         "",
         note["when"].strip(),
         *_hyperparameters(method),
+        *(["", f"Defaults: {note['defaults']}"] if "defaults" in note else []),
     ]
     return "\n".join(lines)
 

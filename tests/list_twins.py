@@ -32,6 +32,11 @@ def tpo(policy: Tensor, reference: Tensor, scores: Tensor, tokens: Tensor) -> Te
     return -log_sigmoid(0.3 * (policy[1] - policy[2])) - 0.5 * policy[0] / tokens[0]
 
 
+def tpo_l(policy: Tensor, reference: Tensor, scores: Tensor, tokens: Tensor) -> Tensor:
+    mean = policy / tokens
+    return -log_sigmoid(1.5 * (mean[1] - mean[2]) - 0.4) - 0.5 * mean[0]
+
+
 def odpo(policy: Tensor, reference: Tensor, scores: Tensor, tokens: Tensor) -> Tensor:
     ratio = policy - reference
     return -log_sigmoid(0.3 * (ratio[0] - ratio[1]) - 0.6 * torch.log(scores[0] - scores[1]))
@@ -47,6 +52,7 @@ LIST_TWINS: list[tuple[MethodConfig, Ranked, list[int]]] = [
     (methods.InfoNCAConfig(beta=0.3, temperature=0.7), info_nca, SIZES),
     (methods.NCAConfig(beta=0.3, temperature=0.7), nca, SIZES),
     (methods.TPOConfig(beta=0.3, gold_weight=0.5), tpo, [3, 3, 3]),
+    (methods.TPOLConfig(beta=1.5, target_margin=0.4, gold_weight=0.5), tpo_l, [3, 3, 3]),
     (methods.ODPOConfig(beta=0.3, offset_weight=0.6), odpo, [2, 2, 2]),
     (methods.ODPOConfig(beta=0.3, offset_weight=0.6, offset_scale="identity"), odpo_identity, [2, 2, 2]),
 ]

@@ -110,7 +110,7 @@ def groups_of_the_step(loss: str) -> list[TokenizedGroup]:
     ]
 
 
-LISTS = ("plackett_luce", "info_nca", "nca", "tpo")
+LISTS = ("plackett_luce", "info_nca", "nca", "tpo", "tpo_l")
 """Losses of several completions of one prompt, which are told their scores."""
 SINGLES = {"kto": 2, "apo_zero_unpaired": 1}
 """Losses of labelled completions, and how many completions their groups hold."""

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from fiducial.config.methods.dpo import MODIFIERS
 from fiducial.data.tokenize import TokenizedGroup
 from fiducial.logps import Comparison
 from fiducial.losses import LOSSES, Loss
-from fiducial.losses.modifiers import MODIFIERS
 from fiducial.training.objective import Objective
 from launching import torchrun
 from step_gradients import MADE_UP, MODIFIED, cut, gradient, groups_of_the_step, losses

@@ -45,8 +45,8 @@ LOSSES: dict[str, tuple[MethodConfig, dict[str, Any]]] = {
     "ipo": (methods.IPOConfig(), {}),
     "exo_pair": (methods.EXOPairConfig(label_smoothing=0.01), {"label_smoothing": 0.01}),
     "nca_pair": (methods.NCAPairConfig(beta=0.1), {}),
-    "robust": (methods.RobustConfig(label_smoothing=0.2), {"label_smoothing": 0.2}),
-    "bco_pair": (methods.BCOPairConfig(running_delta=False), {}),
+    "robust": (methods.RobustConfig(beta=0.1, label_smoothing=0.2), {"label_smoothing": 0.2}),
+    "bco_pair": (methods.BCOPairConfig(beta=0.1, running_delta=False), {}),
     "sppo_hard": (methods.SPPOHardConfig(beta=0.02), {"beta": 0.02}),
     "aot": (methods.AOTConfig(label_smoothing=0.1), {"label_smoothing": 0.1}),
     "aot_unpaired": (methods.AOTUnpairedConfig(label_smoothing=0.1), {"label_smoothing": 0.1}),
@@ -57,7 +57,7 @@ LOSSES: dict[str, tuple[MethodConfig, dict[str, Any]]] = {
     "sigmoid_norm": (methods.SigmoidNormConfig(beta=2.0), {"beta": 2.0}),
 }
 MIXTURE = MixtureConfig(
-    losses=(methods.DPOConfig(), methods.BCOPairConfig(running_delta=False), methods.SFTConfig()),
+    losses=(methods.DPOConfig(), methods.BCOPairConfig(beta=0.1, running_delta=False), methods.SFTConfig()),
     weights=(0.8, 0.2, 1.0),
 )
 MODIFIED: dict[str, tuple[MethodConfig, dict[str, Any]]] = {

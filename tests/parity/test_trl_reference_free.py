@@ -52,10 +52,15 @@ CASES: dict[str, tuple[Any, MethodConfig, dict[str, Any]]] = {
     "simpo": (train_cpo, methods.SimPOConfig(gamma=0.8), {**SIMPO, "beta": 2.0, "simpo_gamma": 0.8}),
     "alphapo": (
         train_cpo,
-        methods.AlphaPOConfig(reward_alpha=0.1),
+        methods.AlphaPOConfig(gamma=0.5, reward_alpha=0.1),
         {"loss_type": "alphapo", "beta": 2.5, "simpo_gamma": 0.5, "alpha": 0.1},
     ),
-    "tpo": (train_tpo, methods.TPOConfig(gold_weight=0.3), {"beta": 0.1, "tpo_alpha": 0.3}),
+    "tpo": (train_tpo, methods.TPOConfig(beta=0.1, gold_weight=0.3), {"beta": 0.1, "tpo_alpha": 0.3}),
+    "tpo_l": (
+        train_tpo,
+        methods.TPOLConfig(gold_weight=0.3),
+        {"loss_type": "tpo-l", "beta": 2.0, "tpo_l_gamma": 1.6, "tpo_alpha": 0.3},
+    ),
 }
 
 
@@ -78,7 +83,7 @@ def groups_of(*, completions: int = 2, prompt: int = 1, first: int | None = 9) -
 @pytest.mark.parametrize("name", CASES)
 def test_every_step_equals_trl(name: str, adapter: bool, learning_rate: float, tmp_path: Path) -> None:
     train, method, settings = CASES[name]
-    groups = groups_of(completions=3 if name == "tpo" else 2)
+    groups = groups_of(completions=method.num_completions or 2)
     model, args = start(adapter), arguments(tmp_path, learning_rate)
 
     theirs = train(copy.deepcopy(model), groups, args, **settings)

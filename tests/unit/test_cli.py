@@ -86,6 +86,10 @@ def test_losses_lists_methods_with_hyperparameters_and_papers(fiducial_command: 
     assert all(key in text for key in HYPERPARAMETERS)
     assert "dpo_label_smoothing 0 ≥ 0, < 0.5 Probability" in text
     assert "rl_beta 2 > 0" in text
+    assert text.count("LD-DPO: weight of") == text.count("RPO: weight of") == 1, (
+        "modifiers are explained once"
+    )
+    assert "SLiC" in text
     assert text.count("needs no reference") == sum(not method.needs_reference for method in METHODS)
 
 

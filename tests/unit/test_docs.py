@@ -67,7 +67,7 @@ EXPECTED_SOURCE = {
     "qwen-dpo-full.yaml": "initial_policy",
     "resumed-adapter.yaml": "frozen_adapter",
 }
-REFERENCE_FREE = {"alphapo", "cpo", "cpo_hinge", "cpo_ipo", "orpo", "sft", "simpo", "tpo"}
+REFERENCE_FREE = {"alphapo", "cpo", "cpo_hinge", "cpo_ipo", "orpo", "sft", "simpo", "tpo", "tpo_l"}
 LIVE = {"tdpo1", "tdpo2"}
 EXPECTED_SOURCE |= {
     f"methods/{path.name}": "none"

@@ -48,6 +48,7 @@ HYPERPARAMETERS = {
     "dpo_use_weighting": "use_weighting",
     "nca_alpha": "temperature",
     "tpo_alpha": "gold_weight",
+    "tpo_gamma": "target_margin",
     "simpo_gamma": "gamma",
     "alphapo_alpha": "reward_alpha",
     "cpo_alpha": "cpo_alpha",
@@ -225,10 +226,30 @@ def _owners(field: str) -> str:
     return " or ".join(owners)
 
 
+ELSEWHERE = {
+    "slic": "rl: cpo and cpo_loss_type: hinge",
+    "cdpo": "rl: dpo and dpo_label_smoothing",
+    "rpo": "rl: dpo and rpo_alpha",
+    "wpo": "rl: dpo and dpo_use_weighting: true",
+    "ld_dpo": "rl: dpo and ld_alpha",
+    "f_dpo": "rl: dpo and f_divergence_type",
+    "mpo": "rl: dpo, a list in dpo_loss_type and dpo_loss_weights",
+    "rdpo": "rl: dpo and dpo_loss_type: robust, or r_dpo for the length-regularised one",
+    "sppo": "rl: dpo and dpo_loss_type: sppo_hard",
+    "tdpo": "rl: dpo and dpo_loss_type: tdpo2",
+    "exo": "rl: dpo and dpo_loss_type: exo_pair",
+    "bco": "rl: dpo and dpo_loss_type: bco_pair",
+    "apo": "rl: dpo and dpo_loss_type: apo_zero or apo_down",
+}
+"""Names of papers that are written otherwise."""
+
+
 def _unknown_method(name: Any) -> str:
     if name in ONLINE_METHODS:
         return "generates while it trains; Fiducial learns from given preferences: use another tool or dpo"
     if isinstance(name, str):
+        if (written := ELSEWHERE.get(name.lower().replace("-", "_"))) is not None:
+            return f"write {written}"
         for family, losses in FAMILIES.items():
             if name in losses:
                 return f"write rl: {family} and {family}_loss_type: {name}"

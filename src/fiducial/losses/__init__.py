@@ -17,7 +17,15 @@ from fiducial.losses.dpo import (
     sigmoid_norm_loss,
 )
 from fiducial.losses.kto import apo_zero_unpaired_loss, kto_loss, labelled
-from fiducial.losses.lists import comparing, info_nca_loss, listwise, nca_loss, plackett_luce_loss, tpo_loss
+from fiducial.losses.lists import (
+    comparing,
+    info_nca_loss,
+    listwise,
+    nca_loss,
+    plackett_luce_loss,
+    tpo_l_loss,
+    tpo_loss,
+)
 from fiducial.losses.log_ratios import (
     apo_down_loss,
     apo_zero_loss,
@@ -85,6 +93,7 @@ LOSSES: dict[type[MethodConfig], Callable[[MethodConfig], Loss]] = {
     methods.InfoNCAConfig: listwise(info_nca_loss),
     methods.NCAConfig: listwise(nca_loss),
     methods.TPOConfig: comparing(tpo_loss),
+    methods.TPOLConfig: comparing(tpo_l_loss),
 }
 
 

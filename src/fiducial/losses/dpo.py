@@ -60,7 +60,7 @@ def robust_loss(
 ) -> LossOutput:
     """(-(1 - ε) log σ(β·margin) + ε log σ(-β·margin)) / (1 - 2ε).
 
-    Chowdhury et al. 2024, https://arxiv.org/abs/2403.00409, eq. 12.
+    Chowdhury et al. 2024, https://arxiv.org/abs/2403.00409.
     """
     wrong, scaled = label_smoothing, beta * margin(policy, reference)
     loss = (-(1 - wrong) * F.logsigmoid(scaled) + wrong * F.logsigmoid(-scaled)) / (1 - 2 * wrong)
@@ -70,7 +70,7 @@ def robust_loss(
 def discopop_loss(policy: PairLogps, reference: PairLogps, *, beta: float, tau: float) -> LossOutput:
     """(1 - m)(-log σ(z)) + m e^(-z) for z = β·margin and m = σ(z / τ).
 
-    Lu et al. 2024, https://arxiv.org/abs/2406.08414, eq. 5.
+    Lu et al. 2024, https://arxiv.org/abs/2406.08414, eq. 5, with τ as in appendix E.
     """
     scaled = beta * margin(policy, reference)
     logistic = torch.sigmoid(-scaled / tau) * -F.logsigmoid(scaled)
@@ -82,7 +82,7 @@ def discopop_loss(policy: PairLogps, reference: PairLogps, *, beta: float, tau: 
 def sigmoid_norm_loss(policy: PairLogps, reference: PairLogps, *, beta: float) -> LossOutput:
     """-log σ(β · margin of per-token log-ratios).
 
-    Lambert et al. 2024, https://arxiv.org/abs/2411.15124, eq. 6.
+    Lambert et al. 2024, https://arxiv.org/abs/2411.15124, length-normalised DPO.
     """
     loss = -F.logsigmoid(beta * mean_margin(policy, reference))
     return with_rewards(loss, policy, reference, beta=beta)
@@ -91,7 +91,7 @@ def sigmoid_norm_loss(policy: PairLogps, reference: PairLogps, *, beta: float) -
 def r_dpo_loss(policy: PairLogps, reference: PairLogps, *, beta: float, length_penalty: float) -> LossOutput:
     """-log σ(β·margin + α(chosen tokens - rejected tokens)).
 
-    Park et al. 2024, https://arxiv.org/abs/2403.19159, eq. 9.
+    Park et al. 2024, https://arxiv.org/abs/2403.19159.
     """
     scaled = beta * margin(policy, reference)
     longer = (policy.chosen.num_tokens - policy.rejected.num_tokens).to(scaled)

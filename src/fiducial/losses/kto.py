@@ -51,7 +51,7 @@ def labelled(function: Callable[..., LossOutput]) -> Callable[[MethodConfig], Lo
 def reference_point(mismatched: Comparison) -> Mapping[str, Tensor]:
     """z₀ = max(mean of r over mismatched completions, 0).
 
-    Ethayarajh et al. 2024, https://arxiv.org/abs/2402.01306, the estimate below eq. 7.
+    Ethayarajh et al. 2024, https://arxiv.org/abs/2402.01306.
     """
     ratios = _log_ratios(mismatched)
     return {"point": ratios.sum().div(max(len(ratios), 1)).clamp(min=0)}

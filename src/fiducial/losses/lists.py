@@ -69,7 +69,7 @@ def listwise(function: Callable[..., LossOutput]) -> Callable[[MethodConfig], Lo
 def plackett_luce_loss(ratios: Rows, present: Present, *, beta: float) -> LossOutput:
     """-Σ_k log(exp(β·ratio_k) / Σ_{j ≥ k} exp(β·ratio_j)); of two completions it is DPO's loss.
 
-    Rafailov et al. 2023, https://arxiv.org/abs/2305.18290, eq. 20.
+    Rafailov et al. 2023, https://arxiv.org/abs/2305.18290, appendix A.3.
     """
     rewards = beta * ratios
     most = rewards.shape[1]
@@ -85,7 +85,7 @@ def info_nca_loss(
 ) -> LossOutput:
     """-Σ_k softmax(score/α)_k · log softmax(β·ratio)_k.
 
-    Chen et al. 2024, https://arxiv.org/abs/2402.05369, eq. 8, its expectation over the K completions given.
+    Chen et al. 2024, https://arxiv.org/abs/2402.05369, its expectation over the K completions given.
     """
     rewards = beta * ratios
     logps = rewards.masked_fill(~present, -torch.inf).log_softmax(1).masked_fill(~present, 0)
@@ -95,7 +95,7 @@ def info_nca_loss(
 def nca_loss(ratios: Rows, present: Present, scores: Rows, *, beta: float, temperature: float) -> LossOutput:
     """-Σ_k [softmax(score/α)_k · log σ(β·ratio_k) + 1/K · log σ(-β·ratio_k)].
 
-    Chen et al. 2024, https://arxiv.org/abs/2402.05369, eq. 12. A pair whose scores are far apart: `nca_pair`.
+    Chen et al. 2024, https://arxiv.org/abs/2402.05369. A pair whose scores are far apart: `nca_pair`.
     """
     rewards = beta * ratios
     equal = present / present.sum(1, keepdim=True).clamp(min=1)
@@ -107,11 +107,24 @@ def nca_loss(ratios: Rows, present: Present, scores: Rows, *, beta: float, tempe
 def tpo_loss(comparison: Comparison, *, beta: float, gold_weight: float) -> LossOutput:
     """-log σ(β·(preferred - worse)) on bare log-probs, plus gold_weight times the gold's NLL per token.
 
-    Saeidi et al. 2024, https://arxiv.org/abs/2405.16681, eq. 9; the gold's term per token as in their code.
+    Saeidi et al. 2024, https://arxiv.org/abs/2405.16681; the gold's term per token as in their code.
     """
     gold, preferred, worse = (comparison.policy.at(slice(place, None, 3)) for place in range(3))
     preferred_reward, worse_reward = beta * preferred.sum, beta * worse.sum
     loss = -F.logsigmoid(preferred_reward - worse_reward) - gold_weight * gold.mean
+    return LossOutput.of_rewards(loss, preferred_reward, worse_reward)
+
+
+def tpo_l_loss(
+    comparison: Comparison, *, beta: float, target_margin: float, gold_weight: float
+) -> LossOutput:
+    """-log σ(β·(preferred - worse) - γ) on mean log-probs, plus gold_weight times the gold's NLL per token.
+
+    Saeidi et al. 2024, https://arxiv.org/abs/2405.16681, TPO-L.
+    """
+    gold, preferred, worse = (comparison.policy.at(slice(place, None, 3)).mean for place in range(3))
+    preferred_reward, worse_reward = beta * preferred, beta * worse
+    loss = -F.logsigmoid(preferred_reward - worse_reward - target_margin) - gold_weight * gold
     return LossOutput.of_rewards(loss, preferred_reward, worse_reward)
 
 

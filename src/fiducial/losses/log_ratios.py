@@ -11,7 +11,7 @@ from fiducial.losses.paired import log_ratios, with_rewards
 def nca_pair_loss(policy: PairLogps, reference: PairLogps, *, beta: float) -> LossOutput:
     """-log σ(β·chosen) - ½ log σ(-β·chosen) - ½ log σ(-β·rejected), of log-ratios.
 
-    Chen et al. 2024, https://arxiv.org/abs/2402.05369, eq. 13 with K = 2.
+    Chen et al. 2024, https://arxiv.org/abs/2402.05369, table 1 and appendix B.
     """
     chosen, rejected = (beta * ratio for ratio in log_ratios(policy, reference))
     loss = -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
@@ -53,7 +53,7 @@ def apo_down_loss(policy: PairLogps, reference: PairLogps, *, beta: float) -> Lo
 def dpop_loss(policy: PairLogps, reference: PairLogps, *, beta: float, penalty: float) -> LossOutput:
     """-log σ(β(chosen - rejected - λ max(0, -chosen))), of log-ratios.
 
-    Pal et al. 2024, https://arxiv.org/abs/2402.13228, eq. 3.
+    Pal et al. 2024, https://arxiv.org/abs/2402.13228.
     """
     chosen, rejected = log_ratios(policy, reference)
     loss = -F.logsigmoid(beta * (chosen - rejected - penalty * torch.relu(-chosen)))
@@ -63,8 +63,8 @@ def dpop_loss(policy: PairLogps, reference: PairLogps, *, beta: float, penalty: 
 def cal_dpo_loss(policy: PairLogps, reference: PairLogps, *, beta: float) -> LossOutput:
     """-log σ(chosen - rejected) + (chosen - 1/(2β))² + (rejected + 1/(2β))², of log-ratios.
 
-    Xiao et al. 2024, https://arxiv.org/abs/2412.14516, algorithm 1. (Their trainer halves the two
-    squares, which the paper does not.)
+    Xiao et al. 2024, https://arxiv.org/abs/2412.14516, as in the authors' Pythia trainer. (Their
+    second trainer, for Zephyr, halves the two squares.)
     """
     chosen, rejected = log_ratios(policy, reference)
     half = 1 / (2 * beta)

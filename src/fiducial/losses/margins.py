@@ -21,7 +21,7 @@ def odpo_loss(
 ) -> LossOutput:
     """-log σ(β·margin - α·f(score of chosen - score of rejected)), f the logarithm or nothing.
 
-    Amini et al. 2024, https://arxiv.org/abs/2402.10571, eq. 8; scores differ, the chosen one's is higher.
+    Amini et al. 2024, https://arxiv.org/abs/2402.10571; scores differ, the chosen one's is higher.
     """
     chosen, rejected = log_ratios(policy, reference)
     offset = offset_weight * (torch.log(better_by) if offset_scale == "log" else better_by)
@@ -32,7 +32,7 @@ def odpo_loss(
 def tdpo1_loss(policy: PairLogps, reference: PairLogps, *, beta: float) -> LossOutput:
     """-log σ(β·(margin - (KL of rejected - KL of chosen))), each KL a sum over the completion's tokens.
 
-    Zeng et al. 2024, https://arxiv.org/abs/2404.11999, eq. 13.
+    Zeng et al. 2024, https://arxiv.org/abs/2404.11999, TDPO1.
     """
     kl = policy.rejected.statistics[KL] - policy.chosen.statistics[KL]
     return _token_level(policy, reference, kl, beta)
@@ -43,7 +43,7 @@ def tdpo2_loss(
 ) -> LossOutput:
     """-log σ(β·(margin - α(KL of rejected - KL of chosen))), without gradient through the chosen one's.
 
-    Zeng et al. 2024, https://arxiv.org/abs/2404.11999, eq. 15 and 17.
+    Zeng et al. 2024, https://arxiv.org/abs/2404.11999, TDPO2.
     """
     kl = policy.rejected.statistics[KL] - policy.chosen.statistics[KL].detach()
     return _token_level(policy, reference, divergence_weight * kl, beta)

@@ -21,9 +21,6 @@ from fiducial.losses.output import LossOutput
 
 PairFunction = Callable[..., LossOutput]
 
-MODIFIERS = ("ld_alpha", "rpo_alpha", "f_divergence_type", "f_alpha_divergence_coef", "use_weighting")
-"""Fields of a config that are no hyperparameters of its loss."""
-
 
 def modified(function: PairFunction, modifiers: Mapping[str, Any]) -> PairFunction:
     """`function` with every modifier that is set, except `ld_alpha`, which changes the log-probs before."""
@@ -42,7 +39,7 @@ def modified(function: PairFunction, modifiers: Mapping[str, Any]) -> PairFuncti
 def token_weights(ld_alpha: float | None) -> Callable[[PackedBatch], Tensor] | None:
     """LD-DPO's weights: 1 up to the length of the shorter completion of the pair, `ld_alpha` after it.
 
-    Liu et al. 2024, https://arxiv.org/abs/2409.06411, eq. 10.
+    Liu et al. 2024, https://arxiv.org/abs/2409.06411.
     """
     if ld_alpha is None:
         return None
@@ -60,7 +57,7 @@ def token_weights(ld_alpha: float | None) -> Callable[[PackedBatch], Tensor] | N
 def with_divergence(function: PairFunction, kind: str, *, alpha: float) -> PairFunction:
     """`function` of f'(π/ρ) where it reads log(π/ρ), which is f' of reverse KL.
 
-    Wang et al. 2023, https://arxiv.org/abs/2309.16240, table 1. The constants of f' cancel in a margin.
+    Wang et al. 2023, https://arxiv.org/abs/2309.16240. The constants of f' cancel in a margin.
     What is logged stays beta times the log-ratio.
     """
 
@@ -102,7 +99,7 @@ def with_weighting(function: PairFunction) -> PairFunction:
 def with_supervision(function: PairFunction, weight: float) -> PairFunction:
     """`function` plus `weight` times the chosen completion's negative log-prob per token.
 
-    Pang et al. 2024, https://arxiv.org/abs/2404.19733, eq. 1.
+    Pang et al. 2024, https://arxiv.org/abs/2404.19733.
     """
 
     def loss(policy: PairLogps, reference: PairLogps, **settings: Any) -> LossOutput:

@@ -12,10 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fiducial.config.methods import MethodConfig
+from fiducial.config.methods.dpo import MODIFIERS
 from fiducial.data.tokenize import TokenizedGroup
 from fiducial.logps import ON_POLICY, Comparison, PairLogps
 from fiducial.losses.loss import Loss
-from fiducial.losses.modifiers import MODIFIERS, modified, token_weights
+from fiducial.losses.modifiers import modified, token_weights
 from fiducial.losses.output import LossOutput
 
 PerPair = Float[Tensor, " pairs"]

@@ -14,7 +14,7 @@ from fiducial.losses.paired import PerPair, smoothed_logistic
 def orpo_loss(policy: PairLogps, *, beta: float) -> LossOutput:
     """-chosen - β log σ(log odds(chosen) - log odds(rejected)), on mean log-probs.
 
-    Hong et al. 2024, https://arxiv.org/abs/2403.07691, eq. 6 and 7.
+    Hong et al. 2024, https://arxiv.org/abs/2403.07691, eq. 4 and 7.
     """
     chosen, rejected = policy.chosen.mean, policy.rejected.mean
     log_odds = (chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
@@ -37,7 +37,7 @@ def alphapo_loss(
 ) -> LossOutput:
     """SimPO's loss with the reward (1 - p^-α)/α, p the geometric mean of the token probabilities.
 
-    Gupta et al. 2025, https://arxiv.org/abs/2501.03884, eq. 6. At α = 0 the reward is log p. The power is
+    Gupta et al. 2025, https://arxiv.org/abs/2501.03884. At α = 0 the reward is log p. The power is
     taken of the mean log-prob, never of a probability, which would be 0.
     """
     mean = policy.chosen.mean, policy.rejected.mean
@@ -49,7 +49,7 @@ def alphapo_loss(
 def cpo_loss(policy: PairLogps, *, beta: float, label_smoothing: float, cpo_alpha: float) -> LossOutput:
     """DPO's loss on bare log-probs, plus cpo_alpha times the chosen completion's NLL per token.
 
-    Xu et al. 2024, https://arxiv.org/abs/2401.08417, eq. 5.
+    Xu et al. 2024, https://arxiv.org/abs/2401.08417.
     """
     margin = policy.chosen.sum - policy.rejected.sum
     return _with_supervision(smoothed_logistic(beta * margin, label_smoothing), policy, beta, cpo_alpha)
@@ -58,7 +58,7 @@ def cpo_loss(policy: PairLogps, *, beta: float, label_smoothing: float, cpo_alph
 def cpo_hinge_loss(policy: PairLogps, *, beta: float, cpo_alpha: float) -> LossOutput:
     """max(0, 1 - β·(chosen - rejected)), plus cpo_alpha times the chosen completion's NLL per token.
 
-    Zhao et al. 2023, https://arxiv.org/abs/2305.10425, eq. 2 with its regularisation.
+    Zhao et al. 2023, https://arxiv.org/abs/2305.10425, with its regularisation.
     """
     margin = policy.chosen.sum - policy.rejected.sum
     return _with_supervision(torch.relu(1 - beta * margin), policy, beta, cpo_alpha)

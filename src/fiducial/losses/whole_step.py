@@ -34,7 +34,7 @@ def bco_pair_loss(
     """-log σ(chosen reward - δ) - log σ(δ - rejected reward).
 
     δ is the mean of all rewards so far, chosen and rejected, this step's among them; it carries no gradient.
-    Jung et al. 2024, https://arxiv.org/abs/2404.04656, eq. 9 and algorithm 1.
+    Jung et al. 2024, https://arxiv.org/abs/2404.04656.
     """
     chosen, rejected = (beta * ratio for ratio in log_ratios(policy, reference))
     if running_delta:
@@ -53,7 +53,7 @@ def bco_pair_loss(
 def aot_loss(policy: PairLogps, reference: PairLogps, *, beta: float, label_smoothing: float) -> LossOutput:
     """DPO's loss of the gap between the policy's and the reference's log(chosen) - log(rejected), by rank.
 
-    Melnyk et al. 2024, https://arxiv.org/abs/2406.05882, algorithm 1 (paired).
+    Melnyk et al. 2024, https://arxiv.org/abs/2406.05882, paired.
     """
     gaps = policy.chosen.sum - policy.rejected.sum
     expected = reference.chosen.sum - reference.rejected.sum
@@ -66,7 +66,7 @@ def aot_unpaired_loss(
 ) -> LossOutput:
     """DPO's loss of the gap between chosen and rejected log-ratios of equal rank.
 
-    Melnyk et al. 2024, https://arxiv.org/abs/2406.05882, algorithm 1 (unpaired).
+    Melnyk et al. 2024, https://arxiv.org/abs/2406.05882, unpaired.
     """
     chosen, rejected = log_ratios(policy, reference)
     loss = smoothed_logistic(beta * (chosen - _of_equal_rank(chosen, rejected)), label_smoothing)
@@ -83,22 +83,23 @@ def beta_dpo_loss(
     keep_share: float,
     **running: float,
 ) -> LossOutput:
-    """-log σ(β'·margin) of the pairs kept, β' = β(1 + α(mean reward margin of those - its running mean)).
+    """-log σ(β'·margin) of the pairs kept, β' = β(1 + α(mean margin of those - its running mean)).
 
-    A share of the pairs is kept, drawn without replacement by how near their reward margin is to the running
-    mean, in running standard deviations. Wu et al. 2024, https://arxiv.org/abs/2407.08639, eq. 7 to 10. Mean
-    and deviation (`running`) start from those of the first step. A pair that is not kept has loss 0, and the
+    A share of the pairs is kept, drawn without replacement by how near their margin is to the running mean,
+    in running standard deviations. Wu et al. 2024, https://arxiv.org/abs/2407.08639. The margin is that of
+    the log-ratios themselves, not times β, as in the authors' code, which α is tuned to. Mean and deviation
+    (`running`) start from those of the first step, theirs from 0. A pair that is not kept has loss 0, and the
     others count more, so that the mean over the step is the mean over the pairs kept.
     """
     chosen, rejected = log_ratios(policy, reference)
     margin = chosen - rejected
-    rewards = beta * margin.detach()
+    seen = margin.detach()
     num_steps = running["num_steps"]
     old = momentum if num_steps else 0.0
-    mean = old * running["mean"] + (1 - old) * rewards.mean().item()
-    deviation = old * running["deviation"] + (1 - old) * rewards.std(correction=0).item()
-    kept = _kept(rewards, mean, deviation, share=keep_share, seed=int(num_steps))
-    adapted = beta * (1 + beta_scaling * (rewards[kept].mean() - mean))
+    mean = old * running["mean"] + (1 - old) * seen.mean().item()
+    deviation = old * running["deviation"] + (1 - old) * seen.std(correction=0).item()
+    kept = _kept(seen, mean, deviation, share=keep_share, seed=int(num_steps))
+    adapted = beta * (1 + beta_scaling * (seen[kept].mean() - mean))
     adapted = adapted.clamp(min=LEAST_BETA)
     loss = torch.where(kept, -F.logsigmoid(adapted * margin), 0.0) * (len(kept) / kept.sum())
     output = with_rewards(loss, policy, reference, beta=beta)
@@ -116,7 +117,7 @@ def sft_loss(policy: PairLogps, *, mean_count: float) -> LossOutput:
     """-log(chosen) over the mean number of chosen tokens of the step's pairs.
 
     Its mean over the step is the mean over all chosen tokens: the supervised part of mixed preference
-    optimisation, Wang et al. 2024, https://arxiv.org/abs/2411.10442, eq. 5.
+    optimisation, Wang et al. 2024, https://arxiv.org/abs/2411.10442.
     """
     loss = -policy.chosen.unweighted.sum / mean_count
     return LossOutput.of_rewards(loss, policy.chosen.unweighted.mean, policy.rejected.unweighted.mean)
@@ -135,21 +136,21 @@ def _of_equal_rank(values: PerPair, others: PerPair) -> PerPair:
 
 
 def _kept(
-    rewards: PerPair, mean: float, deviation: float, *, share: float, seed: int
+    margins: PerPair, mean: float, deviation: float, *, share: float, seed: int
 ) -> Bool[Tensor, " pairs"]:
-    """Which pairs are drawn, with probability in proportion to a normal density at their reward margin.
+    """Which pairs are drawn, with probability in proportion to a normal density at their margin.
 
     The largest of log-weight + Gumbel noise are such a draw (Efraimidis and Spirakis 2006). Noise goes by the
     rank of a margin, so that it does not matter how the step was cut and which process holds which pair.
     """
-    count = max(int(share * len(rewards)), 1)
-    uniform = torch.rand(len(rewards), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    noise = -torch.log(-torch.log(uniform)).to(rewards)
+    count = max(int(share * len(margins)), 1)
+    uniform = torch.rand(len(margins), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    noise = -torch.log(-torch.log(uniform)).to(margins)
     away: Float[Tensor, " pairs"] = (
-        (rewards - mean) / deviation if deviation > 0 else torch.zeros_like(rewards)
+        (margins - mean) / deviation if deviation > 0 else torch.zeros_like(margins)
     )
-    rank = rewards.argsort(stable=True).argsort()
+    rank = margins.argsort(stable=True).argsort()
     keys = noise[rank] - 0.5 * away.square()
-    kept = torch.zeros_like(rewards, dtype=torch.bool)
+    kept = torch.zeros_like(margins, dtype=torch.bool)
     kept[keys.topk(count).indices] = True
     return kept

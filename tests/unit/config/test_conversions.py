@@ -113,7 +113,7 @@ def test_packing_is_measured_unless_it_is_demanded() -> None:
         ({"dpo_loss_type": "sft"}, {"name": "sft"}),
         (
             {"dpo_loss_type": "robust", "dpo_label_smoothing": 0.2, "ld_alpha": 0.5, "rpo_alpha": 1},
-            {"name": "robust", "ld_alpha": 0.5, "rpo_alpha": 1.0, "beta": 0.1, "label_smoothing": 0.2},
+            {"name": "robust", "ld_alpha": 0.5, "rpo_alpha": 1.0, "beta": 0.01, "label_smoothing": 0.2},
         ),
         (
             {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3},
@@ -127,7 +127,11 @@ def test_packing_is_measured_unless_it_is_demanded() -> None:
         ),
         (
             {"dpo_loss_type": "bco_pair", "bco_running_delta": False},
-            {"name": "bco_pair", "beta": 0.1, "running_delta": False},
+            {"name": "bco_pair", "beta": 0.01, "running_delta": False},
+        ),
+        (
+            {"rl": "tpo", "tpo_loss_type": "tpo-l", "tpo_gamma": 3},
+            {"name": "tpo_l", "beta": 2.0, "target_margin": 3.0, "gold_weight": 0.05},
         ),
         ({"rl": "cpo", "cpo_loss_type": "hinge"}, {"name": "cpo_hinge", "beta": 0.1, "cpo_alpha": 1.0}),
         (
@@ -163,6 +167,9 @@ def test_method(settings: dict[str, Any], method: dict[str, Any]) -> None:
         ({"rl_beta": 0.1, "dpo_beta": 0.2}, "dpo_beta: 0.2 — contradicts rl_beta: 0.1"),
         ({"rl": "orpo", "rl_beta": 0.1, "orpo_alpha": 0.2}, "orpo_alpha: 0.2 — contradicts rl_beta: 0.1"),
         ({"orpo_alpha": 0.1}, "orpo_alpha: 0.1 — has no effect with dpo; it belongs to rl: orpo"),
+        ({"rl": "SLiC"}, "write rl: cpo and cpo_loss_type: hinge"),
+        ({"rl": "ld-dpo"}, "write rl: dpo and ld_alpha"),
+        ({"rl": "tpo", "tpo_gamma": 1}, "it belongs to tpo_loss_type: tpo-l"),
         ({"simpo_gamma": 0.5}, "it belongs to rl: simpo or cpo_loss_type: alphapo"),
         ({"cpo_alpha": 0.5}, "it belongs to rl: simpo or rl: cpo"),
         ({"kto_desirable_weight": 2}, "it belongs to rl: kto"),

@@ -100,6 +100,12 @@ def test_worked_values() -> None:
         ),
         (methods.NCAConfig(beta=1.0), [0.0, 0.0], [2.0, 0.0], 2 * math.log(2)),
         (methods.TPOConfig(beta=0.5, gold_weight=0.1), [-4.0, 2.0, 0.0], [0.0] * 3, logistic(1.0) + 0.2),
+        (
+            methods.TPOLConfig(beta=0.5, target_margin=0.3, gold_weight=0.1),
+            [-4.0, 2.0, 0.0],
+            [0.0] * 3,
+            logistic(0.5 - 0.3) + 0.2,
+        ),
         (methods.ODPOConfig(beta=0.5, offset_weight=1), [2.0, 0.0], [math.e, 0.0], logistic(0.0)),
         (methods.ODPOConfig(beta=0.5, offset_scale="identity"), [2.0, 0.0], [3.0, 1.0], logistic(-1.0)),
     ]

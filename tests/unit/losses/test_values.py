@@ -122,6 +122,17 @@ def test_every_loss_has_a_worked_value() -> None:
     assert {type(method) for method, *_ in WORKED} >= pairs
 
 
+def test_discopop_turns_where_its_paper_says() -> None:
+    """Its minimum and maximum at the paper's own beta and tau, appendix D.6."""
+    for margin, value in ((-2.3714, 0.785929), (1.44012, 0.87829)):
+        policy = torch.tensor([margin, 0.0], dtype=torch.float64, requires_grad=True)
+        tokens = torch.tensor([1, 1])
+        given = comparison(SequenceLogps(policy, tokens), SequenceLogps(torch.zeros_like(policy), tokens))
+        loss = build_loss(methods.DiscoPOPConfig())(given).loss
+        assert loss.item() == pytest.approx(value, abs=1e-5)
+        assert torch.autograd.grad(loss.sum(), policy)[0].abs().max() < 1e-5
+
+
 def test_dpo_of_the_starting_policy_is_log_two() -> None:
     output = build_loss(methods.DPOConfig())(comparison(sequences(POLICY), sequences(POLICY)))
 

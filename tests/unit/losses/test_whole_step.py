@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import pair_oracles
 from comparing import comparison, step_facts
 from fiducial.config import methods
 from fiducial.logps import SequenceLogps
@@ -38,12 +39,15 @@ def test_without_delta_nothing_is_carried_and_no_second_pass_is_needed() -> None
 
 def test_beta_follows_the_margins_of_the_pairs_kept() -> None:
     method = methods.BetaDPOConfig(beta=0.5, beta_scaling=0.6, keep_share=1)
-    output = step(method, [4.0, 0.0, 8.0, 0.0], mean=1.0, deviation=2.0, num_steps=3.0)
+    output = step(method, [2.0, 0.0, 4.0, 0.0], mean=1.0, deviation=2.0, num_steps=3.0)
 
-    mean = 0.9 * 1.0 + 0.1 * 3.0  # reward margins 2 and 4
+    mean = 0.9 * 1.0 + 0.1 * 3.0  # margins 2 and 4, whatever beta is
     assert output.running["mean"] == pytest.approx(mean)
     assert output.running["deviation"] == pytest.approx(0.9 * 2.0 + 0.1 * 1.0)
     assert output.metrics["beta"].item() == pytest.approx(0.5 * (1 + 0.6 * (3.0 - mean)))
+    naive = pair_oracles.beta_dpo(0.5, 0.6, momentum=0.9, mean=1.0)
+    ratios = torch.tensor([2.0, 0.0, 4.0, 0.0], dtype=torch.float64)
+    torch.testing.assert_close(output.loss, naive(ratios, torch.zeros(4), torch.ones(4)))
 
 
 def test_outliers_are_left_out_and_the_mean_is_of_the_others() -> None:

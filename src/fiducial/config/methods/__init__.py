@@ -20,7 +20,7 @@ from fiducial.config.methods.dpo import (
 )
 from fiducial.config.methods.dpo_family import DPOFamily, MixtureConfig
 from fiducial.config.methods.kto import APOZeroUnpairedConfig, KTOConfig
-from fiducial.config.methods.lists import InfoNCAConfig, NCAConfig, PlackettLuceConfig, TPOConfig
+from fiducial.config.methods.lists import InfoNCAConfig, NCAConfig, PlackettLuceConfig, TPOConfig, TPOLConfig
 from fiducial.config.methods.log_ratios import (
     APODownConfig,
     APOZeroConfig,
@@ -86,6 +86,7 @@ __all__ = [
     "TDPO1Config",
     "TDPO2Config",
     "TPOConfig",
+    "TPOLConfig",
 ]
 
 SingleMethod = (
@@ -105,6 +106,7 @@ SingleMethod = (
     | InfoNCAConfig
     | NCAConfig
     | TPOConfig
+    | TPOLConfig
 )
 
 AnyMethod = Annotated[SingleMethod | MixtureConfig, Field(discriminator="name")]

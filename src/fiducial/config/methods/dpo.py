@@ -43,6 +43,10 @@ class MarginConfig(WeightedConfig):
     """Alpha of the alpha divergence, 0.5 unless set; towards 1 it is reverse_kl, towards 0 forward_kl."""
 
 
+MODIFIERS = tuple(MarginConfig.model_fields)
+"""Fields that are no hyperparameters of their loss: any loss above may be given those of its class."""
+
+
 class DPOConfig(MarginConfig):
     """Direct preference optimisation, Rafailov et al. 2023; label smoothing makes it conservative DPO."""
 
@@ -106,7 +110,7 @@ class RobustConfig(MarginConfig):
     summary = "DPO whose expectation over flipped labels is DPO on the right ones."
 
     name: Literal["robust"] = "robust"
-    beta: PositiveFloat = 0.1
+    beta: PositiveFloat = 0.01
     """Scale of the log-ratios."""
     label_smoothing: WrongLabels = 0.1
     """Probability that a preference label is flipped; at 0 it is DPO."""

@@ -57,6 +57,8 @@ class NCAConfig(MethodConfig):
 class TPOConfig(MethodConfig):
     """Triple preference optimisation, Saeidi et al. 2024: from a gold, a preferred and a worse completion."""
 
+    family = "tpo"
+    loss_type = "sigmoid"
     needs_reference = False
     num_completions = 3
     paper = "https://arxiv.org/abs/2405.16681"
@@ -65,7 +67,28 @@ class TPOConfig(MethodConfig):
     )
 
     name: Literal["tpo"] = "tpo"
-    beta: PositiveFloat = 0.1
+    beta: PositiveFloat = 0.01
     """Scale of the log-probs."""
+    gold_weight: NonNegativeFloat = 1.0
+    """Weight of the gold completion's NLL per token (the paper's alpha)."""
+
+
+class TPOLConfig(MethodConfig):
+    """Triple preference optimisation on mean log-probs with a target margin, Saeidi et al. 2024."""
+
+    family = "tpo"
+    loss_type = "tpo-l"
+    needs_reference = False
+    num_completions = 3
+    paper = "https://arxiv.org/abs/2405.16681"
+    summary = (
+        "SimPO on the second and third completion, supervised loss on the gold first: longer pays nothing."
+    )
+
+    name: Literal["tpo_l"] = "tpo_l"
+    beta: PositiveFloat = 2.0
+    """Scale of the mean log-probs."""
+    target_margin: NonNegativeFloat = 1.6
+    """Target margin of the rewards (the paper's gamma)."""
     gold_weight: NonNegativeFloat = 0.05
     """Weight of the gold completion's NLL per token (the paper's alpha)."""

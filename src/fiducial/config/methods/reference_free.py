@@ -28,6 +28,7 @@ class SimPOConfig(MethodConfig):
 
     name: Literal["simpo"] = "simpo"
     beta: PositiveFloat = 2.0
+    """Scale of the mean log-probs."""
     gamma: NonNegativeFloat = 0.5
     """Target margin of the rewards."""
     cpo_alpha: NonNegativeFloat = 0.0
@@ -45,6 +46,7 @@ class CPOConfig(MethodConfig):
 
     name: Literal["cpo"] = "cpo"
     beta: PositiveFloat = 0.1
+    """Scale of the log-probs."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Probability that a preference label is wrong."""
     cpo_alpha: NonNegativeFloat = 1.0
@@ -52,13 +54,13 @@ class CPOConfig(MethodConfig):
 
 
 class CPOHingeConfig(MethodConfig):
-    """CPO with SLiC's hinge loss, Zhao et al. 2023."""
+    """SLiC-HF, Zhao et al. 2023: CPO's form with a hinge loss."""
 
     family = "cpo"
     loss_type = "hinge"
     needs_reference = False
     paper = "https://arxiv.org/abs/2305.10425"
-    summary = "Raise the chosen log-prob above the rejected one's by 1/beta, plus a supervised term."
+    summary = "SLiC-HF: raise the chosen log-prob above the rejected one's by 1/beta, plus a supervised term."
 
     name: Literal["cpo_hinge"] = "cpo_hinge"
     beta: PositiveFloat = 0.1
@@ -95,7 +97,7 @@ class AlphaPOConfig(MethodConfig):
     name: Literal["alphapo"] = "alphapo"
     beta: PositiveFloat = 2.5
     """Scale of the rewards."""
-    gamma: NonNegativeFloat = 0.5
+    gamma: NonNegativeFloat = 0.1
     """Target margin of the rewards."""
     reward_alpha: float = 0.25
     """Shape of the reward (1 - p^-alpha)/alpha of the mean probability p; at 0 it is SimPO's log p."""

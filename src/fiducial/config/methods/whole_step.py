@@ -16,7 +16,7 @@ class BCOPairConfig(WeightedConfig):
     summary = "Classify chosen against rejected completions by whether their reward is above the mean."
 
     name: Literal["bco_pair"] = "bco_pair"
-    beta: PositiveFloat = 0.1
+    beta: PositiveFloat = 0.01
     """Scale of the log-ratios."""
     running_delta: bool = True
     """Compare with the mean of all rewards so far (the paper's delta); false compares with 0."""
@@ -55,15 +55,15 @@ class BetaDPOConfig(ReferencedConfig):
 
     loss_type = "beta_dpo"
     paper = "https://arxiv.org/abs/2407.08639"
-    summary = "DPO whose beta grows with the step's mean reward margin, on pairs that are no outliers."
+    summary = "DPO whose beta grows with the step's mean margin of log-ratios, on pairs that are no outliers."
 
     name: Literal["beta_dpo"] = "beta_dpo"
     beta: PositiveFloat = 0.1
     """Scale of the log-ratios before it is adapted."""
     beta_scaling: NonNegativeFloat = 0.6
-    """How strongly beta follows the step's mean reward margin (the paper's alpha); 0 keeps it."""
+    """How strongly beta follows the step's mean margin of log-ratios (the paper's alpha); 0 keeps it."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Weight of the steps before in the running mean and deviation of reward margins (the paper's m)."""
+    """Weight of the steps before in the running mean and deviation of margins (the paper's m)."""
     keep_share: Annotated[float, Field(gt=0, le=1)] = 0.8
     """Share of the step's pairs that are trained on (the paper's rho); 1 keeps all."""
 
