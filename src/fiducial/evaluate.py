@@ -10,13 +10,11 @@ from transformers.trainer_callback import PrinterCallback
 
 from fiducial.config.schema import RunConfig
 from fiducial.errors import ConfigError, ModelError
-from fiducial.losses import build_loss
-from fiducial.prepare import load_policy, main_console, prove, read_run, score_ahead
+from fiducial.prepare import build_objective, load_policy, main_console, prove, read_run, score_ahead
 from fiducial.training.arguments import training_arguments
 from fiducial.training.budget import choose_token_budget
 from fiducial.training.checkpoints import SHARDED_WEIGHTS, WHOLE_WEIGHTS
-from fiducial.training.metrics import METRICS
-from fiducial.training.objective import Objective
+from fiducial.training.metrics import ASKED_FOR, METRICS
 from fiducial.training.trainer import PreferenceTrainer, TrainingData
 
 
@@ -47,14 +45,14 @@ def evaluate(
     trainer = PreferenceTrainer(
         policy.model,
         args,
-        Objective(policy.scorer, judged.reference, build_loss(run.cfg.method)),
+        build_objective(run, policy, judged),
         TrainingData(run.data.train, run.data.evaluation),
         micro_batch_tokens=budget,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.load_weights(folder)
     found = trainer.evaluate()
-    metrics = {name: found[f"eval_{name}"] for name in METRICS if f"eval_{name}" in found}
+    metrics = {name: found[f"eval_{name}"] for name in (*METRICS, *ASKED_FOR) if f"eval_{name}" in found}
     run.console.print(
         _table(metrics, f"{folder} on {len(run.data.evaluation)} held-out {run.cfg.method.unit}s")
     )

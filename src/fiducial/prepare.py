@@ -24,6 +24,7 @@ from fiducial.data.labels import fit_to_method
 from fiducial.data.prepare import PreparedData, load_groups
 from fiducial.data.tokenize import TokenizedGroup
 from fiducial.errors import ConfigError
+from fiducial.logps import ENTROPY
 from fiducial.losses import build_loss
 from fiducial.model.layout import LayoutChoice, choose_layout
 from fiducial.model.loader import ModelLoader
@@ -43,6 +44,7 @@ from fiducial.reference.setup import setup_reference_model
 from fiducial.reference.sources import NoReference, Reference, build_reference, build_scoring_reference
 from fiducial.reference.verify import Proof, prove_reference, require_adapter_off
 from fiducial.training.arguments import world_size
+from fiducial.training.objective import Objective
 
 PROOF_GROUPS = 4
 
@@ -178,6 +180,13 @@ def prove(run: Run, policy: Policy, store: LogpStore | None, device: torch.devic
     if run.plan.sync is not None:
         follower = build_follower(policy.model, None if second is None else second.model, run.plan.sync)
     return ProvedReference(reference, groups, proof, follower)
+
+
+def build_objective(run: Run, policy: Policy, judged: ProvedReference) -> Objective:
+    """What is minimised, and measured on the way."""
+    assert run.cfg.method is not None
+    logged = (ENTROPY,) if run.cfg.output.log_entropy else ()
+    return Objective(policy.scorer, judged.reference, build_loss(run.cfg.method), logged=logged)
 
 
 def typical_groups(data: TokenizedDataset) -> list[TokenizedGroup]:

@@ -15,13 +15,13 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
 from fiducial.config.schema import RunConfig
-from fiducial.losses import build_loss
 from fiducial.model.adapters import REFERENCE_ADAPTER
 from fiducial.model_card import write_model_card
 from fiducial.prepare import (
     Policy,
     ProvedReference,
     Run,
+    build_objective,
     load_policy,
     main_console,
     prove,
@@ -40,7 +40,6 @@ from fiducial.training.callbacks import Interrupted, Interruption, MetricsFile, 
 from fiducial.training.checkpoints import Launch, full_disk_explained, to_resume
 from fiducial.training.closing import closing_table, first_and_last
 from fiducial.training.metrics import peak_memory
-from fiducial.training.objective import Objective
 from fiducial.training.progress import ProgressBar
 from fiducial.training.reference_sync import ReferenceSync
 from fiducial.training.trainer import PreferenceTrainer, TrainingData
@@ -160,7 +159,7 @@ def _build_trainer(
     trainer = PreferenceTrainer(
         policy.model,
         args,
-        Objective(policy.scorer, judged.reference, build_loss(run.cfg.method)),
+        build_objective(run, policy, judged),
         TrainingData(run.data.train, run.data.evaluation, run.cfg.data.shuffle),
         micro_batch_tokens=policy.micro_batch_tokens,
         tokenizer=run.tokenizer,

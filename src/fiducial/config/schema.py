@@ -248,6 +248,8 @@ class OutputConfig(Section):
     save_total_limit: PositiveInt | None = None
     save_only_model: bool = False
     logging_steps: PositiveFloat | None = None
+    log_entropy: bool = False
+    """Also log the policy's entropy at the tokens it is scored on."""
     resume_from_checkpoint: str | None = None
     auto_resume: bool = False
     hub_model_id: str | None = None

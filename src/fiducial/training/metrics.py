@@ -13,6 +13,7 @@ Names are those the dashboards of other preference trainers already know.
                                 estimate of the KL divergence as far as the policy would write them itself,
                                 and below zero where it would not; absent without a reference. With kto the
                                 estimate that its loss is told: on mismatched completions, not below zero
+    entropy                     of the policy, in nats, a mean over completion tokens; only with log_entropy
     lengths/chosen, /rejected   tokens of the completion
 """
 
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from fiducial.logps import Comparison
+from fiducial.logps import ENTROPY, Comparison
 from fiducial.losses.output import LossOutput
 
 METRICS = (
@@ -43,6 +44,8 @@ METRICS = (
     "lengths/rejected",
 )
 """What is logged of every loss, in this order; a loss's own metrics follow."""
+ASKED_FOR = ("entropy",)
+"""What is logged where the run asks for it."""
 _TOKENS = "_tokens"
 
 
@@ -72,9 +75,11 @@ class MetricSums:
         values |= output.metrics
         for name, counted in values.items():
             self._add(name, counted.sum(dtype=self.dtype), counted.numel())
+        if ENTROPY in policy.statistics:
+            self._add("entropy", policy.statistics[ENTROPY].sum(), policy.num_tokens.sum())
         self._add(_TOKENS, tokens, 1)
 
-    def _add(self, name: str, total: Tensor | float, count: int) -> None:
+    def _add(self, name: str, total: Tensor | float, count: Tensor | int) -> None:
         if name not in self.totals:
             self.totals[name] = torch.zeros(2, dtype=self.dtype, device=self.device)
         self.totals[name][0] += total

@@ -46,6 +46,8 @@ class Objective:
     loss: Loss
     running: dict[str, float] = field(default_factory=dict)
     """Numbers that the loss carries from step to step."""
+    logged: tuple[str, ...] = ()
+    """What the head is asked for besides what the loss reads, to be logged: names of `fiducial.logps`."""
 
     def __post_init__(self) -> None:
         self.running = dict(self.loss.running) | self.running
@@ -100,11 +102,12 @@ class Objective:
 
     def _score(self, batch: PackedBatch) -> tuple[TokenLogps | None, TokenLogps]:
         """Reference and policy."""
+        statistics = tuple(dict.fromkeys((*self.loss.statistics, *self.logged)))
         if not self.loss.needs_distribution:
-            return self.reference.token_logps(batch), self.scorer(batch, self.loss.statistics)
+            return self.reference.token_logps(batch), self.scorer(batch, statistics)
         assert isinstance(self.reference, LiveReference), "the plan of such a loss is live"
         reference, distribution = self.reference.distribution(batch)
-        return reference, self.scorer(batch, self.loss.statistics, distribution)
+        return reference, self.scorer(batch, statistics, distribution)
 
     def _require_sizes(self, groups: Groups) -> None:
         """Rows of a stream may differ from those it was judged by."""
