@@ -162,7 +162,7 @@ def _fields(name: str, losses: list[type[MethodConfig]], settings: Settings) -> 
             yield _without_effect(setter, value, losses, f"rl: {' or '.join(readers)}")
         elif not any("beta" in loss.model_fields for loss in losses):
             yield _without_effect(setter, value, losses, "the other losses")
-        elif _number(value) != _number(given[0][1]):
+        elif setter != given[0][0] and _number(value) != _number(given[0][1]):
             first, number = given[0]
             yield Refuse(setter, f"contradicts {dotted(as_path(first))}: {number}; both mean beta: keep one")
         else:
