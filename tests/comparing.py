@@ -30,6 +30,8 @@ def comparison_for(
     if config.needs_distribution:
         kl = torch.tensor([0.3, 0.5] * (len(policy.sum) // 2)).to(policy.sum)
         policy = replace(policy, statistics={KL: kl})
+    if config.num_completions == 3:
+        return comparison(policy, reference, size=3)
     if config.paired:
         scores = [2.0, 0.5] * (len(policy.sum) // 2) if config.needs_scores else None
         return comparison(policy, reference, scores=scores)

@@ -5,7 +5,8 @@ What differs:
 - TRL's supervised term is the mean of a micro-batch's chosen tokens; ours is each completion's own mean,
   as in the papers, so that no cut of a step changes it. Chosen completions of equal length make them equal.
 - TRL's ORPO also supervises the prompt. A prompt of one token has nothing to predict.
-- TRL's CPO with ipo takes mean log-probs, ours whole completions. Completions of one token make them equal.
+- TRL's CPO with ipo logs rewards of mean log-probs, ours of whole completions, as every ipo here. Completions
+  of one token make them equal.
 - TRL's AlphaPO takes a power of the probability itself, which may be 0, and overflows; not compared there.
 """
 
@@ -26,7 +27,9 @@ from trl_harness import (
     STEPS,
     arguments,
     assert_equal,
+    cpo,
     start,
+    tpo,
     train_cpo,
     train_fiducial,
     train_orpo,
@@ -39,7 +42,14 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing` is deprecated:FutureWarning"),
 ]
 
-METRICS = ("loss", "grad_norm", "rewards/chosen", "rewards/rejected", "rewards/margins")
+METRICS = (
+    "loss",
+    "grad_norm",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+)
 SIMPO = {"loss_type": "simpo", "cpo_alpha": 0.0}
 CASES: dict[str, tuple[Any, MethodConfig, dict[str, Any]]] = {
     "orpo": (train_orpo, methods.ORPOConfig(beta=0.5), {"beta": 0.5}),
@@ -104,6 +114,32 @@ def test_cpo_ipo_equals_trl_on_single_tokens(adapter: bool, learning_rate: float
     theirs = train_cpo(copy.deepcopy(model), groups, args, loss_type="ipo")
 
     assert_equal(train_fiducial(copy.deepcopy(model), groups, args, methods.CPOIPOConfig()), theirs, METRICS)
+
+
+@KINDS
+def test_cpo_ipo_equals_trl_but_for_rewards(adapter: bool, learning_rate: float, tmp_path: Path) -> None:
+    groups, model, args = groups_of(), start(adapter), arguments(tmp_path, learning_rate)
+
+    theirs = train_cpo(copy.deepcopy(model), groups, args, loss_type="ipo")
+
+    ours = train_fiducial(copy.deepcopy(model), groups, args, methods.CPOIPOConfig())
+    assert_equal(ours, theirs, ("loss", "grad_norm"))
+    with pytest.raises(AssertionError):
+        assert_equal(ours, theirs, ("rewards/chosen",))
+
+
+def test_no_loss_of_trls_is_missing() -> None:
+    """TRL's TPO also has a hinge and IPO's square; they are not offered here."""
+    compared = {
+        settings.get("loss_type", "sigmoid") for train, _, settings in CASES.values() if train is train_cpo
+    }
+    assert compared | {"ipo"} == set(choices(cpo.CPOConfig))  # ipo has a test of its own
+    assert set(choices(tpo.TPOConfig)) - {"sigmoid", "tpo-l"} == {"hinge", "ipo"}
+
+
+def choices(config: Any) -> list[str]:
+    found: list[str] = config.__dataclass_fields__["loss_type"].metadata["choices"]
+    return found
 
 
 @pytest.mark.parametrize(

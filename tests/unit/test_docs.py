@@ -17,6 +17,8 @@ from typer.testing import CliRunner
 from doc_blocks import DOCS, ROOT, Block, blocks, commands, localised, make_workspace
 from fiducial import cli
 from fiducial.config.load import load_run, validate_config
+from fiducial.config.methods import METHODS
+from fiducial.config.methods.dpo import MODIFIERS
 from fiducial.reference.describe import plan_run
 
 EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
@@ -153,6 +155,16 @@ def test_the_page_of_losses_and_its_plots_are_what_they_are_made_from() -> None:
     assert (ROOT / "docs" / "losses.md").read_text(encoding="utf-8") == made["page"](), "run: make docs"
     for path, plot in made["plots"]().items():
         assert path.read_text(encoding="utf-8") == plot, "run: make docs"
+
+
+def test_every_loss_is_explained() -> None:
+    notes = yaml.safe_load((ROOT / "docs" / "losses" / "notes.yaml").read_text(encoding="utf-8"))["losses"]
+    for method in METHODS:
+        note = notes[method.model_fields["name"].default]
+        settings = set(method.model_fields) - {"name", *MODIFIERS}
+        assert note["formula"]
+        assert note["when"]
+        assert bool(note.get("defaults")) == bool(settings), method
 
 
 def test_the_readmes_tree_has_a_line_for_every_file() -> None:

@@ -87,7 +87,7 @@ def logistic(value: float) -> float:
     return math.log1p(math.exp(-value))
 
 
-def test_worked_values() -> None:
+def test_worked_values() -> None:  # test_values.py counts on each of these
     shares = math.exp(2) / (math.exp(2) + 1), 1 / (math.exp(2) + 1)
     cases = [
         (methods.PlackettLuceConfig(beta=0.5), [2.0, 0.0], [0.0, 0.0], logistic(1.0)),

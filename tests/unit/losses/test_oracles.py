@@ -7,7 +7,7 @@ from torch import Tensor
 from comparing import comparison, step_facts
 from fiducial.config.methods import MethodConfig
 from fiducial.logps import SequenceLogps
-from fiducial.losses import LOSSES, build_loss
+from fiducial.losses import build_loss
 from pair_oracles import Naive
 from pair_twins import PAIR_TWINS
 
@@ -64,12 +64,3 @@ def test_swapped_pairs_do_not_pass(method: MethodConfig, naive: Naive) -> None:
     )
     assert (loss - wrong).abs().max() > 0.1
     assert (gradient - wrong_gradient).abs().max() > 0.01
-
-
-def test_every_loss_has_a_twin() -> None:
-    pairs = {
-        config
-        for config in LOSSES
-        if config.family in ("dpo", "cpo") and not config.needs_scores and not config.needs_distribution
-    }  # other tests have the others
-    assert {type(method) for method, _ in PAIR_TWINS} >= pairs
