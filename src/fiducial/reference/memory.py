@@ -136,9 +136,14 @@ def auto_token_budget(available_bytes: int, facts: Facts, cfg: RunConfig, *, gpu
 
 
 def longest_group(cfg: RunConfig) -> int:
-    """Most tokens a group may have: two completions of `sequence_len`, or one for unpaired losses."""
+    """Most tokens a group may have: as many times `sequence_len` as the loss compares completions.
+
+    Losses of any number of completions are counted with two, unpaired ones with one.
+    """
     sequence_len = cfg.data.sequence_len if cfg.data else 2048
-    return sequence_len * (2 if cfg.method is None or cfg.method.paired else 1)
+    if cfg.method is None:
+        return sequence_len * 2
+    return sequence_len * ((cfg.method.num_completions or 2) if cfg.method.paired else 1)
 
 
 def _reference_parts(

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-from fiducial.config.methods import DPOConfig, KTOConfig, TDPO2Config
+from fiducial.config.methods import DPOConfig, KTOConfig, TDPO2Config, TPOConfig
 from fiducial.config.schema import (
     AdapterConfig,
     DataConfig,
@@ -326,11 +326,12 @@ def test_the_auto_budget_fills_memory_between_its_bounds(checkpoints: dict[str, 
         assert auto_token_budget(1 << 50, facts, cfg, gpu=device == "gpu") == most
 
 
-def test_the_longest_group_has_one_completion_where_the_loss_is_unpaired() -> None:
+def test_the_longest_group_has_the_completions_that_the_loss_compares() -> None:
     data = DataConfig(datasets=(DatasetConfig(path="x"),), sequence_len=100)
     model = ModelConfig(base_model="x")
     assert longest_group(RunConfig(model=model, method=DPOConfig(), data=data)) == 200
     assert longest_group(RunConfig(model=model, method=KTOConfig(), data=data)) == 100
+    assert longest_group(RunConfig(model=model, method=TPOConfig(), data=data)) == 300
 
 
 def test_a_pass_holds_no_more_than_a_step(checkpoints: dict[str, Path]) -> None:
