@@ -7,27 +7,9 @@ part has, it is an error, because it would have no effect.
 from typing import Any
 
 from fiducial.config.document import dotted
-from fiducial.config.methods import METHODS, MethodConfig, MixtureConfig
+from fiducial.config.method_names import FAMILIES, RL, unknown_method
+from fiducial.config.methods import MethodConfig
 from fiducial.config.outcomes import Deciding, Key, Note, Outcomes, Put, Refuse, Settings, as_path
-
-ONLINE_METHODS = ("grpo", "gdpo", "ebft")
-
-_ALL: tuple[type[MethodConfig], ...] = (*METHODS, MixtureConfig)
-BY_NAME: dict[str, type[MethodConfig]] = {method.model_fields["name"].default: method for method in _ALL}
-"""Every config class by its `name`."""
-
-FAMILIES: dict[str, dict[str, type[MethodConfig]]] = {
-    family: {str(method.loss_type): method for method in METHODS if method.family == family}
-    for family in dict.fromkeys(method.family for method in METHODS if method.family is not None)
-}
-"""Family to its losses by `loss_type`."""
-
-RL: dict[str, type[MethodConfig]] = {
-    name: method
-    for name, method in BY_NAME.items()
-    if method.family in (None, name) or name == "ipo"  # axolotl's second way to write it
-}
-"""What `rl` may be, and the loss it means alone."""
 
 HYPERPARAMETERS = {
     "dpo_label_smoothing": "label_smoothing",
@@ -83,7 +65,7 @@ def method(settings: Settings) -> Outcomes:
         )
         return
     if not isinstance(name, str) or name not in RL:
-        yield Refuse("rl", _unknown_method(name))
+        yield Refuse("rl", unknown_method(name))
         return
     losses = yield from _losses(name, settings)
     fields = yield from _fields(name, losses, settings)
@@ -224,36 +206,6 @@ def _owners(field: str) -> str:
         elif types:
             owners.append(f"{family}_loss_type: {', '.join(types)}")
     return " or ".join(owners)
-
-
-ELSEWHERE = {
-    "slic": "rl: cpo and cpo_loss_type: hinge",
-    "cdpo": "rl: dpo and dpo_label_smoothing",
-    "rpo": "rl: dpo and rpo_alpha",
-    "wpo": "rl: dpo and dpo_use_weighting: true",
-    "ld_dpo": "rl: dpo and ld_alpha",
-    "f_dpo": "rl: dpo and f_divergence_type",
-    "mpo": "rl: dpo, a list in dpo_loss_type and dpo_loss_weights",
-    "rdpo": "rl: dpo and dpo_loss_type: robust, or r_dpo for the length-regularised one",
-    "sppo": "rl: dpo and dpo_loss_type: sppo_hard",
-    "tdpo": "rl: dpo and dpo_loss_type: tdpo2",
-    "exo": "rl: dpo and dpo_loss_type: exo_pair",
-    "bco": "rl: dpo and dpo_loss_type: bco_pair",
-    "apo": "rl: dpo and dpo_loss_type: apo_zero or apo_down",
-}
-"""Names of papers that are written otherwise."""
-
-
-def _unknown_method(name: Any) -> str:
-    if name in ONLINE_METHODS:
-        return "generates while it trains; Fiducial learns from given preferences: use another tool or dpo"
-    if isinstance(name, str):
-        if (written := ELSEWHERE.get(name.lower().replace("-", "_"))) is not None:
-            return f"write {written}"
-        for family, losses in FAMILIES.items():
-            if name in losses:
-                return f"write rl: {family} and {family}_loss_type: {name}"
-    return f"no such method; write one of {', '.join(RL)}"
 
 
 def _betas(settings: Settings) -> list[tuple[Key, Any]]:

@@ -7,7 +7,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from fiducial.config import dialect, method_keys, nested
+from fiducial.config import dialect, method_keys, method_names, nested
 from fiducial.config.checks import check
 from fiducial.config.document import Document, KeyPath, dotted
 from fiducial.config.methods import MixtureConfig
@@ -169,8 +169,8 @@ def field_at(location: KeyPath) -> FieldInfo | None:
     models: list[type[BaseModel]] = [RunConfig]
     found = None
     for part in location:
-        if found in _UNIONS and part in method_keys.BY_NAME:
-            models = [method_keys.BY_NAME[str(part)]]
+        if found in _UNIONS and part in method_names.BY_NAME:
+            models = [method_names.BY_NAME[str(part)]]
         fields = [
             model.model_fields[part]
             for model in models

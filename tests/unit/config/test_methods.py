@@ -1,11 +1,14 @@
 """What holds for every method: YAML reaches it, and it takes its own hyperparameters alone, in range."""
 
+import re
 from typing import Any
 
 import pytest
 
+from fiducial.config import dialect
 from fiducial.config.load import validate_config
 from fiducial.config.method_keys import HYPERPARAMETERS
+from fiducial.config.method_names import ELSEWHERE, FAMILIES, RL
 from fiducial.config.methods import METHODS, MethodConfig
 from fiducial.errors import ConfigError
 from fiducial.loss_table import yaml_key
@@ -105,6 +108,14 @@ def test_exo_needs_some_smoothing() -> None:
         validate_config(
             {"base_model": "base", "rl": "dpo", "dpo_loss_type": "exo_pair", "dpo_label_smoothing": 0}
         )
+
+
+def test_names_of_papers_lead_to_keys_that_exist() -> None:
+    known = dialect.SUPPORTED | {loss_type for losses in FAMILIES.values() for loss_type in losses}
+    for paper, instead in ELSEWHERE.items():
+        assert paper not in RL
+        assert set(re.findall(r"\w+_\w+", instead)) <= known, paper
+        assert set(re.findall(r"rl: (\w+)", instead)) <= RL.keys()
 
 
 def test_every_hyperparameter_is_tried() -> None:
