@@ -84,8 +84,14 @@ MODIFIED: dict[str, MethodConfig] = {
 
 
 def losses() -> dict[str, Loss]:
-    table = {name(config): build_loss(config()) for config in LOSSES}
+    table = {name(config): build_loss(GENTLE.get(config, config())) for config in LOSSES}
     return MADE_UP | table | {modified: build_loss(method) for modified, method in MODIFIED.items()}
+
+
+GENTLE: dict[type[MethodConfig], MethodConfig] = {
+    methods.BetaDPOConfig: methods.BetaDPOConfig(beta_scaling=0.02)
+}
+"""Margins here are tens of nats: at its default scaling beta falls to its floor and nothing is learned."""
 
 
 def groups_of_the_step(loss: str) -> list[TokenizedGroup]:
