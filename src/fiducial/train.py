@@ -11,9 +11,11 @@ from typing import Any
 from peft import PeftModel
 from rich.console import Console
 from transformers import TrainingArguments
+from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
+from fiducial.config.load import validate_config
 from fiducial.config.schema import RunConfig
 from fiducial.model.adapters import REFERENCE_ADAPTER
 from fiducial.model_card import write_model_card
@@ -36,9 +38,16 @@ from fiducial.reference.setup import setup_reference_model
 from fiducial.reference.verify import check_unmoved
 from fiducial.training.arguments import setting_callbacks, training_arguments, world_size
 from fiducial.training.budget import choose_token_budget
-from fiducial.training.callbacks import Interrupted, Interruption, MetricsFile, saved_micro_batch_tokens
+from fiducial.training.callbacks import (
+    Interrupted,
+    Interruption,
+    LastEvaluation,
+    MetricsFile,
+    saved_micro_batch_tokens,
+)
 from fiducial.training.checkpoints import Launch, full_disk_explained, to_resume
 from fiducial.training.closing import closing_table, first_and_last
+from fiducial.training.loggers import reporting, require_loggers
 from fiducial.training.metrics import peak_memory
 from fiducial.training.progress import ProgressBar
 from fiducial.training.reference_sync import ReferenceSync
@@ -69,11 +78,14 @@ def train(cfg: RunConfig | Mapping[str, Any], *, console: Console | None = None)
         FiducialError: the user can mend it; the message says how.
         Interrupted: Ctrl-C; a checkpoint was saved, and the message says how to go on.
     """
-    run = read_run(cfg, console or main_console())
+    checked = validate_config(cfg)
+    require_loggers(checked.output.loggers)
+    run = read_run(checked, console or main_console())
     output_dir = Path(run.cfg.output.output_dir)
     resume = _checkpoint_to_resume(run.cfg)
     args = _arguments(run, resuming=resume is not None)
-    with full_disk_explained(output_dir, _launch(run.cfg)), _own_progress():
+    told = reporting(run.cfg.output)
+    with told, full_disk_explained(output_dir, _launch(run.cfg)), _own_progress():
         resumed = saved_micro_batch_tokens(resume) if resume is not None else None
         budget = choose_token_budget(run.cfg, run.facts, run.plan, args.device, resumed=resumed)
         record = _announce(run, budget)
@@ -124,7 +136,6 @@ def _launch(cfg: RunConfig) -> Launch:
 
 
 def _arguments(run: Run, *, resuming: bool) -> TrainingArguments:
-    os.environ.update(run.cfg.output.logger_environment)
     return training_arguments(
         run.cfg,
         num_rows=len(run.data.train),
@@ -166,6 +177,7 @@ def _build_trainer(
         callbacks=[
             MetricsFile(Path(run.cfg.output.output_dir) / METRICS_FILE),
             *setting_callbacks(run.cfg),
+            *([LastEvaluation()] if run.data.evaluation is not None else []),
         ],
     )
     trainer.remove_callback(PrinterCallback)
@@ -210,6 +222,7 @@ def _finish(
         moved = check_unmoved(judged.proof, policy.scorer, judged.reference, judged.groups)
         record["proof"] |= {"moved_while_training": moved}
     if run.data.evaluation is not None and not _evaluated_as_it_is(trainer):
+        _close_loggers(trainer)
         trainer.evaluate()
     used = peak_memory(trainer.args.device) - record["memory"]["held_before_loading_bytes"]
     record["memory"] |= {"measured_peak_bytes": used}
@@ -233,6 +246,12 @@ def _tell_what_was_read(run: Run, record: dict[str, Any]) -> None:
     record["audit"] = account.as_dict()
     if account.summary() != run.data.audit.summary():
         account.render(run.console)
+
+
+def _close_loggers(trainer: PreferenceTrainer) -> None:
+    """They ended their run with training; what came later would begin another one (MLflow, trackio)."""
+    for logger in trainer.args.report_to:
+        trainer.remove_callback(INTEGRATION_TO_CALLBACK[logger])
 
 
 def _evaluated_as_it_is(trainer: PreferenceTrainer) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import IntervalStrategy
 
 from fiducial.training.checkpoints import saved_callback_states
 from fiducial.training.metrics import MetricSums, Stopwatch, peak_memory
@@ -151,6 +152,18 @@ class MetricsFile(TrainerCallback):
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(kept), encoding="utf-8")
         temporary.replace(self.path)
+
+
+class LastEvaluation(TrainerCallback):
+    """Evaluates at the last step where `eval_strategy` is `no`: after it, loggers have ended their run."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """With any other strategy transformers evaluates at the end by itself."""
+        if args.eval_strategy == IntervalStrategy.NO and state.global_step >= state.max_steps:
+            control.should_evaluate = True
+        return control
 
 
 def read_metrics_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
