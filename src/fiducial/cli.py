@@ -153,7 +153,11 @@ def _load(config: str, overrides: list[str] | None) -> RunConfig:
     from fiducial.config.load import load_run
 
     loaded = load_run(config, overrides or ())
-    for note in loaded.notes:
+    from fiducial.hub import keep_to_cache
+
+    offline = keep_to_cache(loaded.config)
+    cached = f"the hub cannot be reached ({offline}): using what is cached."
+    for note in (*loaded.notes, *([cached] if offline is not None else [])):
         _console(stderr=True).print(f"[yellow]note:[/yellow] {escape(note)}", soft_wrap=True)
     return loaded.config
 

@@ -16,6 +16,7 @@ LAYERS = {
     "fiducial._version": 0,
     "fiducial.errors": 0,
     "fiducial.config": 1,
+    "fiducial.hub": 2,
     "fiducial.loss_table": 2,
     "fiducial.reference": 2,
     "fiducial.logps": 3,
@@ -55,6 +56,7 @@ LAYERS = {
 TORCH_FREE = (
     "fiducial",
     "fiducial.config.load",
+    "fiducial.hub",
     "fiducial.reference.facts",
     "fiducial.reference.plan",
     "fiducial.reference.memory",

@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 
 import fiducial
 from fiducial import cli
+from fiducial.config.load import validate_config
 from fiducial.config.method_keys import HYPERPARAMETERS
 from fiducial.config.methods import METHODS
 from fiducial.errors import ConfigError, FiducialError, ModelError, TrainingError
@@ -185,7 +186,8 @@ def test_a_command_hands_the_loaded_run_to_its_function(
     fiducial_command: Fiducial, monkeypatch: pytest.MonkeyPatch, command: str, function: str
 ) -> None:
     given: list[Any] = []
-    loaded = SimpleNamespace(config="the run", notes=("a note",))
+    run = validate_config({"base_model": "."})
+    loaded = SimpleNamespace(config=run, notes=("a note",))
 
     def load_run(path: str, overrides: list[str]) -> Any:
         given.append((path, overrides))
@@ -197,7 +199,7 @@ def test_a_command_hands_the_loaded_run_to_its_function(
     result = fiducial_command(command, "run.yaml", "rl_beta=0.2", "datasets.0.split=train[:1]")
 
     assert result.exit_code == 0, result.stderr
-    assert given == [("run.yaml", ["rl_beta=0.2", "datasets.0.split=train[:1]"]), "the run"]
+    assert given == [("run.yaml", ["rl_beta=0.2", "datasets.0.split=train[:1]"]), run]
     assert "note: a note" in result.stderr
 
 

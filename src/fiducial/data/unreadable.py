@@ -17,6 +17,7 @@ from huggingface_hub.utils import logging as hub_logging
 
 from fiducial.config.schema import DatasetConfig
 from fiducial.errors import DataError
+from fiducial.hub import unreachable
 
 UNREADABLE = (ValueError, OSError, EOFError, ImportError, zlib.error, pa.ArrowException, DatasetsError)
 """What a damaged file, a lost connection or a missing package raises."""
@@ -63,8 +64,8 @@ def explained(place: str, files: Sequence[Path] = ()) -> Iterator[None]:
         yield
     except ConnectionError as error:
         raise DataError(
-            f"{place} is no local file or folder, and the hub cannot be reached to look there ({error}). "
-            f"Check the path, or the network and HF_HUB_OFFLINE."
+            f"{place} is no local file or folder and not cached, and the hub cannot be reached to look there "
+            f"({unreachable() or error}). Check the path, or the network and HF_HUB_OFFLINE."
         ) from error
     except FileNotFoundError as error:
         reason = str(error).partition(" with any supported extension")[0]

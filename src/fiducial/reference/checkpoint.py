@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fiducial.errors import ModelError
+from fiducial.hub import unreachable
 
 _HEADER_LIMIT = 100_000_000
 """No header is longer: a larger number means the file is something else."""
@@ -72,13 +73,18 @@ class CheckpointFiles:
         )
 
         try:
-            return Path(hf_hub_download(self.location, name, revision=self.revision))
+            return Path(
+                hf_hub_download(
+                    self.location, name, revision=self.revision, local_files_only=unreachable() is not None
+                )
+            )
         except LocalEntryNotFoundError as error:
             if name != "config.json" and self.find("config.json"):
                 return None  # offline, with a cache that holds the checkpoint but not this optional file
             raise ModelError(
-                f"{self.key}: {self.location} is no folder here, and the hub cannot be reached to look it "
-                "up. Check the path, or go online once so that it is cached."
+                f"{self.key}: {self.location} is no folder here and not cached, and the hub cannot be "
+                f"reached to look it up ({unreachable() or error}). Check the path, or go online once so that it "
+                "is cached. HF_ENDPOINT names a mirror; HF_HUB_OFFLINE=0 keeps trying."
             ) from error
         except EntryNotFoundError:
             return None

@@ -1,0 +1,101 @@
+"""Whether the hub can be reached, asked by one short request, before its client tries for minutes.
+
+The hub's client waits 24 seconds for each file that is not cached before it gives up. One request with a
+short limit decides; where it finds nobody, the command makes every library keep to its cache, as
+HF_HUB_OFFLINE=1 does. Imports neither torch nor the client, which reads that variable when it is imported.
+"""
+
+import os
+import ssl
+import threading
+import time
+from functools import cache
+from pathlib import Path
+from queue import Empty, Queue
+from urllib.error import HTTPError, URLError
+from urllib.parse import urlsplit
+from urllib.request import Request, build_opener, getproxies, proxy_bypass
+
+from fiducial.config.schema import RunConfig
+
+SECONDS = 3.0
+"""Several times what a slow line needs; a name that the resolver waits for counts too."""
+_OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+
+
+def keep_to_cache(cfg: RunConfig) -> str | None:
+    """Why the hub cannot be asked for what `cfg` names there; None where it can, or nothing is named.
+
+    From then on libraries that are imported, and processes that are started, use only what is cached.
+    """
+    if not any(is_hub_name(location) for location in _locations(cfg)):
+        return None
+    reason = unreachable()
+    if reason is not None:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    return reason
+
+
+def is_hub_name(location: str) -> bool:
+    """Whether `location` can only be meant as a name on the hub: no path, no address, nothing that exists."""
+    outside = location.startswith((".", "/", "~")) or location.count("/") > 1 or "://" in location
+    return not outside and not Path(location).expanduser().exists()
+
+
+def unreachable() -> str | None:
+    """Why the hub cannot be asked: it is switched off, or does not answer. None where it can.
+
+    HF_HUB_OFFLINE=0 means that the user knows better, and nothing is tried. The answer holds for a minute, so
+    that who goes online need not restart a notebook.
+    """
+    return _unreachable(int(time.monotonic() // 60))
+
+
+@cache
+def _unreachable(minute: int) -> str | None:
+    said = next((os.environ[name] for name in _OFFLINE if os.environ.get(name)), None)
+    if said is not None:
+        return "HF_HUB_OFFLINE is set" if said.upper() in ("1", "ON", "YES", "TRUE") else None
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    if _through_socks(endpoint):
+        return None
+    answers: Queue[str | None] = Queue()
+    # A thread, because no limit of a socket counts while the resolver waits for a name.
+    threading.Thread(target=lambda: answers.put(_ask(endpoint)), daemon=True).start()
+    try:
+        return answers.get(timeout=SECONDS)
+    except Empty:
+        return f"{endpoint} does not answer within {SECONDS:.0f} seconds"
+
+
+def _through_socks(endpoint: str) -> bool:
+    """Whether a proxy leads there that only the client can speak to."""
+    address = urlsplit(endpoint)
+    proxies = getproxies()
+    proxy = proxies.get(address.scheme) or proxies.get("all") or ""
+    return proxy.startswith("socks") and not proxy_bypass(address.netloc)
+
+
+def _ask(endpoint: str) -> str | None:
+    """What went wrong on the way to `endpoint`; any answer at all is an answer."""
+    try:
+        with build_opener().open(Request(endpoint, method="HEAD"), timeout=SECONDS):
+            return None
+    except HTTPError:
+        return None
+    except URLError as error:
+        if isinstance(error.reason, ssl.SSLCertVerificationError):
+            return None  # somebody is there; the client may know other certificates
+        return f"{endpoint}: {getattr(error.reason, 'strerror', None) or error.reason}"
+    except (OSError, ValueError) as error:  # it hung up; HF_ENDPOINT is no address
+        return f"{endpoint}: {error}"
+
+
+def _locations(cfg: RunConfig) -> list[str]:
+    """Whatever of the run may be a name on the hub."""
+    named = [cfg.model.base_model, cfg.tokenizer.path, cfg.reference.model]
+    if cfg.adapter is not None:
+        named.append(cfg.adapter.path)
+    if cfg.data is not None:
+        named += [dataset.path for dataset in (*cfg.data.datasets, *cfg.data.test_datasets)]
+    return [location for location in named if location is not None]

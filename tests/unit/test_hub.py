@@ -1,0 +1,164 @@
+"""Without a network a hub name is answered from the cache, or refused at once with what to do."""
+
+import json
+import os
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from fiducial import hub
+from run_configs import run_config
+
+NOBODY = "http://127.0.0.1:9"
+COMMIT = "a" * 40
+
+
+class Answers(BaseHTTPRequestHandler):
+    """A hub in trouble, which is there all the same; it notes what was asked."""
+
+    asked: list[str] = []  # noqa: RUF012 (each server has its own class)
+
+    def do_HEAD(self) -> None:
+        self.asked.append(self.path)
+        self.send_response(503)
+        self.end_headers()
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def answers() -> Iterator[tuple[str, list[str]]]:
+    """The address of a server, and the paths it is asked for."""
+    handler = type("Answers", (Answers,), {"asked": []})
+    with HTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", handler.asked
+        server.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub._unreachable.cache_clear()
+    proxies = [f"{kind}_proxy" for kind in ("http", "https", "all", "no")]
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", *proxies, *map(str.upper, proxies)):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", NOBODY)
+
+
+def test_nobody_listens() -> None:
+    assert hub.unreachable() == f"{NOBODY}: Connection refused"
+
+
+def test_any_answer_is_an_answer_and_is_asked_for_once(
+    monkeypatch: pytest.MonkeyPatch, answers: tuple[str, list[str]]
+) -> None:
+    address, asked = answers
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    assert hub.unreachable() is None
+    assert hub.unreachable() is None
+    assert len(asked) == 1
+
+
+def test_who_never_answers_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "SECONDS", 0.2)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        begun = time.monotonic()
+        assert hub.unreachable() is not None
+        assert time.monotonic() - begun < 2
+
+
+def test_a_proxy_is_used(monkeypatch: pytest.MonkeyPatch, answers: tuple[str, list[str]]) -> None:
+    monkeypatch.setenv("http_proxy", answers[0])
+    monkeypatch.setenv("HF_ENDPOINT", "http://mirror.invalid")
+    assert hub.unreachable() is None
+    assert answers[1] == ["http://mirror.invalid"]
+
+
+def test_a_socks_proxy_is_left_to_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("all_proxy", "socks5://127.0.0.1:9")
+    assert hub.unreachable() is None
+
+
+@pytest.mark.parametrize(("said", "reason"), [("1", "HF_HUB_OFFLINE is set"), ("0", None)])
+def test_what_the_user_says_is_not_asked(
+    monkeypatch: pytest.MonkeyPatch, answers: tuple[str, list[str]], said: str, reason: str | None
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", answers[0])
+    monkeypatch.setenv("HF_HUB_OFFLINE", said)
+    assert hub.unreachable() == reason
+    assert not answers[1]
+
+
+def test_what_can_be_a_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("here").mkdir()
+    assert all(map(hub.is_hub_name, ("gpt2", "org/name")))
+    assert not any(map(hub.is_hub_name, ("here", "./there", "/a/b", "~/c", "a/b/c", "s3://bucket/x")))
+
+
+def hub_run(folder: Path, name: str) -> Path:
+    """A run on `some/model`, which is in the cache, or on another name, which is not."""
+    run = run_config(folder, max_steps=1)
+    model = folder / "home" / "hub" / "models--some--model"
+    if not model.exists():
+        shutil.copytree(folder / "base-llama", model / "snapshots" / COMMIT)
+        (model / "refs").mkdir()
+        (model / "refs" / "main").write_text(COMMIT, encoding="utf-8")
+    path = folder / "run.yaml"
+    path.write_text(json.dumps(run | {"base_model": name}), encoding="utf-8")
+    return path
+
+
+def fiducial(folder: Path, command: str, name: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "fiducial", command, str(hub_run(folder, name))],
+        env=os.environ | {"HF_HOME": str(folder / "home")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_cached_name_is_planned_offline_in_a_second(tmp_path: Path) -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    begun = time.monotonic()
+    done = fiducial(tmp_path, "plan", "some/model")
+    waited = time.monotonic() - begun
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    assert "initial_policy" in done.stdout
+    assert f"cannot be reached ({NOBODY}: Connection refused)" in done.stderr
+    # Processor time, because other tests run beside this one; nor is there a wait for the network.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
+    assert waited < 8
+
+
+def test_a_name_that_is_not_cached_is_refused_at_once(tmp_path: Path) -> None:
+    begun = time.monotonic()
+    done = fiducial(tmp_path, "plan", "some/other")
+    assert time.monotonic() - begun < 8
+    assert done.returncode == 2
+    assert "base_model: some/other is no folder here and not cached, and the hub" in done.stderr
+    assert f"({NOBODY}: Connection refused)" in done.stderr
+    assert "go online once" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_cached_name_trains_offline(tmp_path: Path) -> None:
+    done = fiducial(tmp_path, "train", "some/model")
+    assert done.returncode == 0, done.stderr
+    assert "Retrying" not in done.stderr
+    assert (tmp_path / "out" / "model.safetensors").is_file()
