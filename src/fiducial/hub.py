@@ -24,11 +24,11 @@ _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
 def keep_to_cache(cfg: RunConfig) -> str | None:
-    """Why the hub cannot be asked for what `cfg` names there; None where it can, or nothing is named.
+    """Why the hub cannot be asked for what `cfg` names there; None where it can, or is not to be asked at all.
 
     From then on libraries that are imported, and processes that are started, use only what is cached.
     """
-    if not any(is_hub_name(location) for location in _locations(cfg)):
+    if _said() is not None or not any(is_hub_name(location) for location in _locations(cfg)):
         return None
     reason = unreachable()
     if reason is not None:
@@ -53,8 +53,7 @@ def unreachable() -> str | None:
 
 @cache
 def _unreachable(minute: int) -> str | None:
-    said = next((os.environ[name] for name in _OFFLINE if os.environ.get(name)), None)
-    if said is not None:
+    if (said := _said()) is not None:
         return "HF_HUB_OFFLINE is set" if said.upper() in ("1", "ON", "YES", "TRUE") else None
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     if _through_socks(endpoint):
@@ -66,6 +65,10 @@ def _unreachable(minute: int) -> str | None:
         return answers.get(timeout=SECONDS)
     except Empty:
         return f"{endpoint} does not answer within {SECONDS:.0f} seconds"
+
+
+def _said() -> str | None:
+    return next((os.environ[name] for name in _OFFLINE if os.environ.get(name)), None)
 
 
 def _through_socks(endpoint: str) -> bool:
