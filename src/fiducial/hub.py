@@ -24,7 +24,7 @@ _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
 def keep_to_cache(cfg: RunConfig) -> str | None:
-    """Why the hub cannot be asked for what `cfg` names there; None where it can, or is not to be asked at all.
+    """Why the hub cannot be asked for what `cfg` names there; None where it can, or is not asked.
 
     From then on libraries that are imported, and processes that are started, use only what is cached.
     """

@@ -83,8 +83,8 @@ class CheckpointFiles:
                 return None  # offline, with a cache that holds the checkpoint but not this optional file
             raise ModelError(
                 f"{self.key}: {self.location} is no folder here and not cached, and the hub cannot be "
-                f"reached to look it up ({unreachable() or error}). Check the path, or go online once so that "
-                "it is cached. HF_ENDPOINT names a mirror; HF_HUB_OFFLINE=0 keeps trying."
+                f"reached to look it up ({unreachable() or error}). Check the path, or go online once so "
+                "that it is cached. HF_ENDPOINT names a mirror; HF_HUB_OFFLINE=0 keeps trying."
             ) from error
         except EntryNotFoundError:
             return None
