@@ -5,7 +5,10 @@ from contextlib import contextmanager
 
 from torch import distributed as dist
 
-from fiducial.errors import FiducialError
+from fiducial.errors import FiducialError, TrainingError
+
+_GLOO_LOST = "Connection closed by peer"
+"""Gloo raises a bare RuntimeError."""
 
 
 @contextmanager
@@ -26,6 +29,20 @@ def all_or_none() -> Iterator[None]:
         raise failure
     if others:
         raise others[0]
+
+
+@contextmanager
+def lost_process_explained() -> Iterator[None]:
+    """Say plainly that another process ended in the middle of a step, where nothing can be agreed on."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or _GLOO_LOST in str(error)):
+            raise
+        raise TrainingError(
+            "Another process of this run ended in the middle of a step; what it printed says why. "
+            "Checkpoints are kept: go on with auto_resume_from_checkpoints: true."
+        ) from error
 
 
 def _failures(own: Exception | None) -> list[Exception]:

@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fiducial.agreement import all_or_none
 from fiducial.config.load import validate_config
 from fiducial.config.schema import RunConfig
 from fiducial.data.dataset import TokenizedDataset
@@ -115,21 +116,25 @@ def main_console() -> Console:
 
 
 def load_policy(run: Run, device: torch.device, micro_batch_tokens: int) -> Policy:
-    """The starting policy on `device`, in the layout it was measured to allow."""
-    model, _ = ModelLoader(run.cfg, run.tokenizer).load()
-    scorer, layout = _scorer(run, model, device)
+    """The starting policy on `device`, in the layout it was measured to allow: in every process or none."""
+    with all_or_none():
+        model, _ = ModelLoader(run.cfg, run.tokenizer).load()
+        scorer, layout = _scorer(run, model, device)
     return Policy(scorer.model, scorer, layout, micro_batch_tokens)
 
 
 def load_second_model(run: Run, device: torch.device) -> Scorer | None:
-    """The second model, where the plan's reference is one."""
+    """The second model, where the plan's reference is one: in every process or none."""
     if run.plan.source is not Source.SEPARATE_MODEL:
         return None
-    live = setup_reference_model(run.cfg, run.tokenizer)
-    # An explicit `schedule: precomputed` needs it for the scoring pass alone.
-    model = live if live is not None else ModelLoader(run.cfg, run.tokenizer, reference_model=True).load()[0]
-    where = torch.device("cpu") if run.cfg.reference.device == "cpu" else device
-    return _scorer(run, model, where)[0]
+    with all_or_none():
+        live = setup_reference_model(run.cfg, run.tokenizer)
+        # An explicit `schedule: precomputed` needs it for the scoring pass alone.
+        model = (
+            live if live is not None else ModelLoader(run.cfg, run.tokenizer, reference_model=True).load()[0]
+        )
+        where = torch.device("cpu") if run.cfg.reference.device == "cpu" else device
+        return _scorer(run, model, where)[0]
 
 
 def score_ahead(run: Run, policy: Policy, device: torch.device) -> LogpStore | None:

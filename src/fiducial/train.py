@@ -15,6 +15,7 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
+from fiducial.agreement import lost_process_explained
 from fiducial.config.load import validate_config
 from fiducial.config.schema import RunConfig
 from fiducial.model.adapters import REFERENCE_ADAPTER
@@ -84,8 +85,8 @@ def train(cfg: RunConfig | Mapping[str, Any], *, console: Console | None = None)
     output_dir = Path(run.cfg.output.output_dir)
     resume = _checkpoint_to_resume(run.cfg)
     args = _arguments(run, resuming=resume is not None)
-    told = reporting(run.cfg.output)
-    with told, full_disk_explained(output_dir, _launch(run.cfg)), _own_progress():
+    told, disk = reporting(run.cfg.output), full_disk_explained(output_dir, _launch(run.cfg))
+    with told, disk, lost_process_explained(), _own_progress():
         resumed = saved_micro_batch_tokens(resume) if resume is not None else None
         budget = choose_token_budget(run.cfg, run.facts, run.plan, args.device, resumed=resumed)
         record = _announce(run, budget)

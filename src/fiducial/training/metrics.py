@@ -98,6 +98,10 @@ class MetricSums:
             dist.all_reduce(table)
             self.totals = dict(zip(names, table, strict=True))
 
+    def is_finite(self, name: str) -> bool:
+        """Whether every value counted as `name` was a finite number."""
+        return bool(self.totals[name][0].isfinite())
+
     def means(self) -> dict[str, float]:
         """Every metric that was counted; the only transfer from the device."""
         means = {name: total / count for name, (total, count) in self.state().items() if count}

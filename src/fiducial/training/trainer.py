@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
+from fiducial.agreement import all_or_none
 from fiducial.data.micro_batches import Load
 from fiducial.data.tokenize import TokenizedGroup
 from fiducial.model.adapters import POLICY_ADAPTER
@@ -34,7 +35,7 @@ from fiducial.training.dataloader import Process, step_dataloader
 from fiducial.training.evaluation import Evaluation
 from fiducial.training.failures import budget_too_large, group_does_not_fit, loss_not_finite
 from fiducial.training.metrics import MetricSums
-from fiducial.training.objective import Objective, Scored
+from fiducial.training.objective import Objective, Scored, Step
 from fiducial.training.passes import Passes, costliest, cut_step, floating_point_ops
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,19 @@ class TrainingData:
     train: Dataset[TokenizedGroup]
     evaluation: Dataset[TokenizedGroup] | None = None
     shuffle: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """The passes of one optimizer step, whose gradients are there and whose update is not made yet."""
+
+    loss: Tensor
+    """This process's share of the step's mean loss."""
+    sums: MetricSums
+    score: Step
+    micro_batches: Sequence[Groups]
+    losses: Sequence[Tensor]
+    """Of each micro-batch, one for a group."""
 
 
 class PreferenceTrainer(Trainer):
@@ -98,15 +112,18 @@ class PreferenceTrainer(Trainer):
         """Gradients of the mean loss over the step's groups; returns this process's share of that mean.
 
         Raises:
-            TrainingError: the loss is not a number, or not even one group at a time fits into memory.
+            TrainingError: the loss is not a number (in any process), or not even one group at a time fits
+                into memory.
         """
         model.train()
         self._optimizer_mode("train")
         self.objective.scorer.module = model
-        loss, sums = self._shrinking(inputs, partial(self._forward_backward, model, inputs))
-        sums.reduce()
-        self.running.sums.merge(sums)
-        return loss
+        taken = self._shrinking(inputs, partial(self._forward_backward, model, inputs))
+        taken.sums.reduce()
+        self._require_finite(taken)
+        taken.score.finish()
+        self.running.sums.merge(taken.sums)
+        return taken.loss
 
     def evaluation_loop(
         self,
@@ -205,7 +222,7 @@ class PreferenceTrainer(Trainer):
         if callable(switch := getattr(self.optimizer, mode, None)):
             switch()
 
-    def _forward_backward(self, model: nn.Module, groups: Groups) -> tuple[Tensor, MetricSums]:
+    def _forward_backward(self, model: nn.Module, groups: Groups) -> _Taken:
         model.zero_grad()  # of what an attempt that ran out of memory left behind
         passes = self._cut(groups)
         weight = self.accelerator.num_processes / max(passes.num_groups, 1)
@@ -222,11 +239,18 @@ class PreferenceTrainer(Trainer):
             total += loss.detach()
             losses.append(scored.output.loss.detach())
             _count(sums, scored, micro_batch)
-        if not torch.isfinite(total):
-            step, learning_rate = self.state.global_step + 1, self._get_learning_rate()
-            raise loss_not_finite(passes.trained, losses, step=step, learning_rate=learning_rate)
-        score.finish()
-        return total, sums
+        return _Taken(total, sums, score, passes.trained, losses)
+
+    def _require_finite(self, taken: _Taken) -> None:
+        """End all processes where the loss of one is not a number, which the shared sums show to all."""
+        if taken.sums.is_finite("loss"):
+            return
+        with all_or_none():
+            if not all(loss.isfinite().all() for loss in taken.losses):
+                step, learning_rate = self.state.global_step + 1, self._get_learning_rate()
+                raise loss_not_finite(
+                    taken.micro_batches, taken.losses, step=step, learning_rate=learning_rate
+                )
 
     def _score(self, evaluation: Evaluation, groups: Groups) -> None:
         passes = self._cut(groups)

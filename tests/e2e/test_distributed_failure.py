@@ -1,0 +1,47 @@
+"""A run whose second process fails: both end by themselves, with the failure's exit code and words."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launching import two_alone
+from run_configs import run_config
+
+WORKER = Path(__file__).parents[1] / "failing_worker.py"
+NOT_A_NUMBER = "The loss is not a number at step 2, for 2 of 2 groups"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("failure", "first", "second"),
+    [
+        (
+            "load",
+            "Model error: process 1 failed: a weights file is damaged",
+            "Model error: a weights file is damaged",
+        ),
+        (
+            "nan",
+            f"Training error: process 1 failed: {NOT_A_NUMBER}",
+            f"Training error: {NOT_A_NUMBER}",
+        ),
+        (
+            "memory",
+            "Training error: Another process of this run ended in the middle of a step",
+            "Training error: Out of memory at step 2 in process 1",
+        ),
+    ],
+)
+def test_both_processes_end_with_the_failure_of_one(
+    tmp_path: Path, failure: str, first: str, second: str
+) -> None:
+    run = tmp_path / "run.yaml"
+    config = run_config(tmp_path, rows=16, micro_batch_size=2, max_steps=3)
+    run.write_text(json.dumps(config), encoding="utf-8")
+    ended = two_alone(WORKER, failure, str(run), timeout=300)
+    assert [process.returncode for process in ended] == [2, 2], [process.stderr for process in ended]
+    for process, words in zip(ended, (first, second), strict=True):
+        assert words in process.stderr
+        assert "Internal error" not in process.stderr
+    assert not (tmp_path / "out" / "model.safetensors").exists()

@@ -1,0 +1,55 @@
+"""`fiducial train RUN.YAML` in one of two processes; the second fails as the first argument says."""
+
+import os
+import sys
+from typing import Any
+
+import torch
+
+from fiducial import cli, prepare
+from fiducial.errors import ModelError
+from fiducial.training.objective import Objective
+
+
+def damaged_checkpoint() -> None:
+    def load(self: object) -> Any:
+        raise ModelError("a weights file is damaged")
+
+    prepare.ModelLoader.load = load
+
+
+def in_second_step(fail: Any) -> None:
+    """Pass the policy's log-probs through `fail` once a step has been taken."""
+    score, passes = Objective._score, []
+
+    def failing(self: Objective, batch: Any) -> Any:
+        reference, policy = score(self, batch)
+        passes.append(torch.is_grad_enabled())
+        if sum(passes) > 1:
+            fail(policy)
+        return reference, policy
+
+    Objective._score = failing
+
+
+def not_a_number(policy: Any) -> None:
+    policy.values.data.fill_(torch.nan)
+
+
+def out_of_memory(policy: Any) -> None:
+    raise torch.OutOfMemoryError("no memory left")
+
+
+FAILURES = {
+    "load": damaged_checkpoint,
+    "nan": lambda: in_second_step(not_a_number),
+    "memory": lambda: in_second_step(out_of_memory),
+    "none": lambda: None,
+}
+
+if __name__ == "__main__":
+    failure, run = sys.argv[1:]
+    if os.environ["RANK"] == "1":
+        FAILURES[failure]()
+    sys.argv = ["fiducial", "train", run]
+    cli.main()
