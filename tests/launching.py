@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 
@@ -47,7 +48,9 @@ def two_alone(script: Path, *arguments: str, timeout: int) -> list[subprocess.Co
     ]
 
 
-def torchrun(script: Path, *arguments: str, timeout: int = 600) -> None:
+def torchrun(
+    script: Path, *arguments: str, timeout: int = 600, environment: Mapping[str, str] | None = None
+) -> None:
     """Run `script` in two gloo processes of one thread each, and wait for it."""
     launch = [
         *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
@@ -55,7 +58,12 @@ def torchrun(script: Path, *arguments: str, timeout: int = 600) -> None:
         *(str(script), *arguments),
     ]
     done = subprocess.run(
-        launch, env=_environment(script), capture_output=True, text=True, timeout=timeout, check=False
+        launch,
+        env=_environment(script) | dict(environment or {}),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
 

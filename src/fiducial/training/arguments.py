@@ -17,6 +17,12 @@ from fiducial.config.schema import RunConfig
 from fiducial.errors import ConfigError
 from fiducial.model.precision import resolve_precision
 
+_LAUNCHED = (
+    ("ACCELERATE_USE_FSDP", "--use_fsdp", "fsdp_version"),
+    ("ACCELERATE_USE_DEEPSPEED", "--use_deepspeed", "deepspeed"),
+)
+"""What accelerate's launcher switches on by a variable, its option, and the key that says so here."""
+
 STEPS_INSIDE_BACKWARD = ("lomo", "adalomo")
 
 
@@ -199,6 +205,13 @@ def _check_launch(cfg: RunConfig) -> None:
             f"accelerate was launched with mixed precision {mixed}, which would override the run's own. "
             "Set bf16 or fp16 in the YAML and launch with --mixed_precision no."
         )
+    for variable, option, key in _LAUNCHED:
+        asked = {"fsdp_version": cfg.distributed.fsdp_version, "deepspeed": cfg.distributed.deepspeed}[key]
+        if os.environ.get(variable, "false").lower() == "true" and asked is None:
+            raise ConfigError(
+                f"accelerate was launched with {option}, which would change how the model is spread without "
+                f"the run knowing. Set {key} in the YAML, or launch without {option}."
+            )
     if cfg.distributed.fsdp_version is None:
         return
     if not torch.cuda.is_available():

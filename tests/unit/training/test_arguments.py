@@ -131,6 +131,17 @@ def test_another_precision_from_the_launcher_is_refused(monkeypatch: pytest.Monk
         arguments()
 
 
+@pytest.mark.parametrize(
+    ("variable", "key"), [("ACCELERATE_USE_FSDP", "fsdp_version"), ("ACCELERATE_USE_DEEPSPEED", "deepspeed")]
+)
+def test_sharding_the_run_does_not_know_of_is_refused(
+    monkeypatch: pytest.MonkeyPatch, variable: str, key: str
+) -> None:
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(ConfigError, match=f"Set {key} in the YAML, or launch without --use"):
+        arguments()
+
+
 def test_fsdp_settings_reach_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setenv("WORLD_SIZE", "2")
