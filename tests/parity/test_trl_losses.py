@@ -144,6 +144,23 @@ def test_trl_depends_on_the_cut_of_a_step(name: str, tmp_path: Path) -> None:
         assert_equal(ours, theirs, ("loss", "grad_norm"))
 
 
+@pytest.mark.parametrize("name", ["sigmoid", "ipo"])
+def test_accumulated_steps_equal_trl(name: str, tmp_path: Path) -> None:
+    """A step of 2 x 2 pairs: TRL's two micro-batches, and one dataloader item that we cut by tokens."""
+    groups, model = random_groups(STEPS * BATCH_SIZE), start(False)
+    method, settings = CASES[name]
+    cut = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    args = arguments(tmp_path, 1e-3, **cut)
+    theirs = train_dpo(copy.deepcopy(model), groups, args, **settings)
+
+    ours = train_fiducial(copy.deepcopy(model), groups, args, method)
+
+    assert_equal(ours, theirs, ("loss", "grad_norm", "epoch", *REWARDS))
+    halves = arguments(tmp_path, 1e-3) | {"per_device_train_batch_size": 2, "max_steps": STEPS}
+    with pytest.raises(AssertionError):
+        assert_equal(train_fiducial(copy.deepcopy(model), groups, halves, method), theirs, ("loss",))
+
+
 @pytest.mark.parametrize("alpha", [0.6, 1.0])
 def test_a_moving_reference_equals_trls(alpha: float, tmp_path: Path) -> None:
     groups, model, args = random_groups(STEPS * BATCH_SIZE), start(False), arguments(tmp_path, 1e-3)

@@ -3,13 +3,15 @@
 It knows no loss, no kind of reference and no data format; it is handed finished objects. What it changes in
 `transformers.Trainer` is what one step and one evaluation mean:
 
-- A dataloader item is the list of all groups of one optimizer step on this process. `training_step` cuts it
-  by a token budget and scales every loss by (processes / groups of the step in all processes), because DDP
-  and FSDP average over processes: the gradient is the mean over the step's groups, whatever the cut.
+- A dataloader item is the list of all groups of one optimizer step on this process, its
+  `gradient_accumulation_steps` included. `training_step` cuts it by a token budget and scales every loss by
+  (processes / groups of the step in all processes), because DDP and FSDP average over processes: the gradient
+  is the mean over the step's groups, whatever the cut.
 - An evaluation is one step that is not taken: its loss is that of the whole evaluation set at once.
 - Metrics are sums and counts, added up over processes once per step.
 """
 
+import copy
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -83,6 +85,7 @@ class PreferenceTrainer(Trainer):
         tokenizer: PreTrainedTokenizerBase | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
+        args = _whole_steps(args)
         self.objective = objective
         self.shuffle = data.shuffle
         self.running = RunningMetrics(args.device, micro_batch_tokens)
@@ -279,6 +282,20 @@ class PreferenceTrainer(Trainer):
             raise budget_too_large(tokens, step=step, rank=rank, smaller=smaller) from error
         logger.warning("Out of memory with %d tokens in a forward pass: going on with %d.", tokens, smaller)
         self.running.micro_batch_tokens = smaller
+
+
+def _whole_steps(args: TrainingArguments) -> TrainingArguments:
+    """`args` with the groups of a whole optimizer step in one dataloader item, and nothing to accumulate.
+
+    Were it left to transformers, it would call `training_step` for each part of a step, and each call would
+    drop the gradient of the one before.
+    """
+    if args.gradient_accumulation_steps == 1:
+        return args
+    whole = copy.copy(args)
+    whole.per_device_train_batch_size *= args.gradient_accumulation_steps
+    whole.gradient_accumulation_steps = 1
+    return whole
 
 
 def _count(sums: MetricSums, scored: Scored, groups: Groups) -> None:
