@@ -11,7 +11,6 @@ from typing import Any
 from peft import PeftModel
 from rich.console import Console
 from transformers import TrainingArguments
-from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
@@ -48,7 +47,7 @@ from fiducial.training.callbacks import (
 )
 from fiducial.training.checkpoints import Launch, full_disk_explained, to_resume
 from fiducial.training.closing import closing_table, first_and_last
-from fiducial.training.loggers import reporting, require_loggers
+from fiducial.training.loggers import close_loggers, reporting, require_loggers
 from fiducial.training.metrics import peak_memory
 from fiducial.training.progress import ProgressBar
 from fiducial.training.reference_sync import ReferenceSync
@@ -223,7 +222,7 @@ def _finish(
         moved = check_unmoved(judged.proof, policy.scorer, judged.reference, judged.groups)
         record["proof"] |= {"moved_while_training": moved}
     if run.data.evaluation is not None and not _evaluated_as_it_is(trainer):
-        _close_loggers(trainer)
+        close_loggers(trainer)
         trainer.evaluate()
     used = peak_memory(trainer.args.device) - record["memory"]["held_before_loading_bytes"]
     record["memory"] |= {"measured_peak_bytes": used}
@@ -247,12 +246,6 @@ def _tell_what_was_read(run: Run, record: dict[str, Any]) -> None:
     record["audit"] = account.as_dict()
     if account.summary() != run.data.audit.summary():
         account.render(run.console)
-
-
-def _close_loggers(trainer: PreferenceTrainer) -> None:
-    """They ended their run with training; what came later would begin another one (MLflow, trackio)."""
-    for logger in trainer.args.report_to:
-        trainer.remove_callback(INTEGRATION_TO_CALLBACK[logger])
 
 
 def _evaluated_as_it_is(trainer: PreferenceTrainer) -> bool:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from traceback import walk_tb
 
-from transformers.integrations import INTEGRATION_TO_CALLBACK
+from transformers import Trainer
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from fiducial.config.schema import OutputConfig
 from fiducial.errors import ConfigError, FiducialError, TrainingError
@@ -122,6 +123,12 @@ def environment(output: OutputConfig) -> dict[str, str]:
         folder.mkdir(parents=True, exist_ok=True)
         chosen[uri] = f"sqlite:///{folder / 'mlflow.db'}"
     return chosen
+
+
+def close_loggers(trainer: Trainer) -> None:
+    """They ended their run with training; what came later would begin another one (MLflow, trackio)."""
+    for name in LOGGERS:
+        trainer.remove_callback(INTEGRATION_TO_CALLBACK[name])
 
 
 def _raised_in(error: BaseException, names: Sequence[str]) -> str | None:
