@@ -19,8 +19,6 @@ EXCLUSIVE = (
     ("warmup_steps", "warmup_ratio"),
     ("val_set_size", "test_datasets"),
     ("load_in_8bit", "load_in_4bit"),
-    ("fsdp_version", "deepspeed"),
-    ("fsdp_config", "deepspeed"),
 )
 
 NEEDS = (

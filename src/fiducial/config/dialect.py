@@ -29,7 +29,7 @@ _SAME_NAME = {
     " adam_epsilon lr_scheduler lr_scheduler_kwargs warmup_steps warmup_ratio num_epochs max_steps"
     " micro_batch_tokens seed",
     "evaluation": "metric_for_best_model greater_is_better load_best_model_at_end early_stopping_patience",
-    "distributed": "deepspeed ddp_timeout ddp_bucket_cap_mb ddp_broadcast_buffers",
+    "distributed": "ddp_timeout ddp_bucket_cap_mb ddp_broadcast_buffers",
     "output": "output_dir save_total_limit save_only_model logging_steps log_entropy resume_from_checkpoint"
     " hub_model_id hub_strategy",
 }

@@ -232,7 +232,6 @@ class DistributedConfig(Section):
 
     fsdp_version: Literal[2] | None = None
     fsdp_config: dict[str, Any] | None = None
-    deepspeed: str | dict[str, Any] | None = None
     ddp_timeout: PositiveInt | None = None
     ddp_bucket_cap_mb: PositiveInt | None = None
     ddp_broadcast_buffers: bool | None = None

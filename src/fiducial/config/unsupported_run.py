@@ -11,6 +11,9 @@ _OPTIMIZER = "belongs to an optimizer that is not offered; remove it and name an
 _GALORE = "belongs to q_galore, which is not offered; remove it"
 _INTERNAL = "filled in by axolotl itself; nothing here reads it"
 _PACKED = "rows are packed without padding, so it cannot change the result"
+_DEEPSPEED = (
+    "not in this version: it clips gradients by its own file, not by max_grad_norm; write fsdp_version: 2"
+)
 _SPREAD = "not in this version; spread a run with torchrun, and shard it with fsdp_version: 2"
 _MEMORY = "memory is governed by micro_batch_tokens"
 _SHUFFLE = "not in this version; shuffle_merged_datasets: false keeps the rows' own order"
@@ -147,6 +150,7 @@ HARDWARE = table(
     ("ray_num_workers", no("belongs to use_ray; remove it", 1)),
     ("resources_per_worker", no("belongs to use_ray; remove it", {"GPU": 1})),
     ("accelerator_config", no("not in this version; set what you need with the other keys")),
+    ("deepspeed", no(_DEEPSPEED)),
     ("deepcompile", no("not in this version; remove it")),
     ("selective_checkpointing activation_offloading layer_offloading", no(_OFFLOAD)),
     (

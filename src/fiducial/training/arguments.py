@@ -17,12 +17,6 @@ from fiducial.config.schema import RunConfig
 from fiducial.errors import ConfigError
 from fiducial.model.precision import resolve_precision
 
-_LAUNCHED = (
-    ("ACCELERATE_USE_FSDP", "--use_fsdp", "fsdp_version"),
-    ("ACCELERATE_USE_DEEPSPEED", "--use_deepspeed", "deepspeed"),
-)
-"""What accelerate's launcher switches on by a variable, its option, and the key that says so here."""
-
 STEPS_INSIDE_BACKWARD = ("lomo", "adalomo")
 
 
@@ -153,7 +147,6 @@ def _distribution(cfg: RunConfig) -> dict[str, Any]:
     return {
         "fsdp": True if options.fsdp_version is not None else None,
         "fsdp_config": _fsdp_config(options.fsdp_config) if options.fsdp_version is not None else None,
-        "deepspeed": options.deepspeed,
         # Without a GPU several processes find each other only if told that this is meant.
         "use_cpu": not torch.accelerator.is_available(),
         "ddp_timeout": options.ddp_timeout,
@@ -205,13 +198,16 @@ def _check_launch(cfg: RunConfig) -> None:
             f"accelerate was launched with mixed precision {mixed}, which would override the run's own. "
             "Set bf16 or fp16 in the YAML and launch with --mixed_precision no."
         )
-    for variable, option, key in _LAUNCHED:
-        asked = {"fsdp_version": cfg.distributed.fsdp_version, "deepspeed": cfg.distributed.deepspeed}[key]
-        if os.environ.get(variable, "false").lower() == "true" and asked is None:
-            raise ConfigError(
-                f"accelerate was launched with {option}, which would change how the model is spread without "
-                f"the run knowing. Set {key} in the YAML, or launch without {option}."
-            )
+    if _launched("DEEPSPEED"):
+        raise ConfigError(
+            "accelerate was launched with --use_deepspeed, which is not in this version. Launch without it, "
+            "and shard with fsdp_version: 2 in the YAML."
+        )
+    if _launched("FSDP") and cfg.distributed.fsdp_version is None:
+        raise ConfigError(
+            "accelerate was launched with --use_fsdp, which would shard the model without the run knowing. "
+            "Set fsdp_version: 2 in the YAML, or launch without it."
+        )
     if cfg.distributed.fsdp_version is None:
         return
     if not torch.cuda.is_available():
@@ -221,3 +217,8 @@ def _check_launch(cfg: RunConfig) -> None:
         )
     if world_size() == 1:
         raise ConfigError("fsdp_version: one process has nothing to shard between. Launch with torchrun.")
+
+
+def _launched(kind: str) -> bool:
+    """Whether accelerate's launcher was told to spread the model in this way."""
+    return os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() == "true"

@@ -26,7 +26,6 @@ WHOLE_WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
     "adapter_model.safetensors",
-    "latest",  # DeepSpeed's pointer to its own folder
 )
 SHARDED_WEIGHTS = ("pytorch_model_fsdp.bin", "pytorch_model_fsdp_0")
 """What a run with `fsdp_version` resumes from, for each `state_dict_type`; whole weights may lie beside."""

@@ -237,7 +237,6 @@ class PreferenceTrainer(Trainer):
             with nullcontext() if last else self.accelerator.no_sync(model):
                 scored = score(index)
                 loss = scored.output.loss.sum() * weight
-                self.accelerator.sync_gradients = last  # DeepSpeed steps by it
                 self.accelerator.backward(loss)
             total += loss.detach()
             losses.append(scored.output.loss.detach())

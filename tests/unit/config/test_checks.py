@@ -32,11 +32,6 @@ QLORA = {"adapter": "qlora", "load_in_4bit": True}
             "load_in_4bit: True — contradicts load_in_8bit",
             QLORA | {"load_in_8bit": False},
         ),
-        (
-            {"deepspeed": "a.json", "fsdp_version": 2},
-            "deepspeed: a.json — contradicts fsdp_version",
-            {"deepspeed": "a.json"},
-        ),
         ({"adapter": "qlora"}, "adapter: qlora — qlora needs load_in_4bit: true", QLORA),
         (
             {"load_in_8bit": True},

@@ -131,14 +131,10 @@ def test_another_precision_from_the_launcher_is_refused(monkeypatch: pytest.Monk
         arguments()
 
 
-@pytest.mark.parametrize(
-    ("variable", "key"), [("ACCELERATE_USE_FSDP", "fsdp_version"), ("ACCELERATE_USE_DEEPSPEED", "deepspeed")]
-)
-def test_sharding_the_run_does_not_know_of_is_refused(
-    monkeypatch: pytest.MonkeyPatch, variable: str, key: str
-) -> None:
-    monkeypatch.setenv(variable, "true")
-    with pytest.raises(ConfigError, match=f"Set {key} in the YAML, or launch without --use"):
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_sharding_the_run_does_not_know_of_is_refused(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
+    with pytest.raises(ConfigError, match=f"--use_{kind.lower()}.*fsdp_version: 2"):
         arguments()
 
 
