@@ -20,7 +20,7 @@ from bench.contestant import Job, Result
 from bench.measure import machine, matrix_rate, versions
 from bench.methods import METHODS
 from bench.shapes import Cost, config, cost, save_checkpoint
-from bench.workload import Workload, padded_tokens, statistics, waste
+from bench.workload import Workload, padded_tokens, real_tokens, statistics, waste
 
 HERE = Path(__file__).resolve().parent
 CONSOLE = Console(width=110)
@@ -158,11 +158,12 @@ def _machine_rate(products: Cost, setting: Setting) -> float:
 def figures(result: Result, workload: Workload, products: Cost, rate: float) -> dict[str, float]:
     """Rates of one contestant over the measured steps.
 
-    The scoring pass covers the warm-up examples too; the measured ones are charged their share of its time.
+    The scoring pass covers the warm-up examples too; the measured ones are charged their tokens' share of its
+    time.
     """
     examples = workload.measured
     training = sum(result.step_seconds[workload.warmup :])
-    scoring = result.scoring_seconds * len(examples) / len(workload.examples)
+    scoring = result.scoring_seconds * real_tokens(examples) / real_tokens(workload.examples)
     mismatched = sum(len(each.mismatched) for each in examples)
     needed = products.training(
         sum(each.shared_tokens for each in examples), sum(each.scored_tokens for each in examples)

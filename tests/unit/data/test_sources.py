@@ -96,7 +96,11 @@ def test_a_column_of_two_types_names_the_file(tmp_path: Path) -> None:
     [
         ({"path": "no/such/rows.jsonl"}, DataError, r"no/such/rows\.jsonl' does not exist"),
         ({"path": "./folder"}, DataError, "does not exist"),
-        ({"path": "owner/name"}, DataError, "no local file or folder and not cached, and the hub cannot be reached"),
+        (
+            {"path": "owner/name"},
+            DataError,
+            "no local file or folder and not cached, and the hub cannot be reached",
+        ),
         ({"path": "owner/name", "trust_remote_code": True}, ConfigError, "no longer runs dataset scripts"),
         (
             {"path": "owner/name", "ds_type": "json"},
