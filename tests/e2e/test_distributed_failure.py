@@ -32,6 +32,7 @@ NOT_A_NUMBER = "The loss is not a number at step 2, for 2 of 2 groups"
             "Training error: Out of memory at step 2 in process 1",
         ),
     ],
+    ids=["load", "nan", "memory"],
 )
 def test_both_processes_end_with_the_failure_of_one(
     tmp_path: Path, failure: str, first: str, second: str
