@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -22,6 +22,10 @@ from fiducial import cache_command
 from fiducial._version import VERSION
 from fiducial.config.schema import RunConfig
 from fiducial.errors import FiducialError
+
+if TYPE_CHECKING:
+    from fiducial.config.load import LoadedRun
+    from fiducial.finished import FinishedRun
 
 app = typer.Typer(
     name="fiducial",
@@ -33,6 +37,12 @@ app = typer.Typer(
 )
 
 RunFile = Annotated[str, typer.Argument(metavar="RUN.YAML", help="The run's configuration.")]
+RunOrFolder = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN", help="The run's YAML, or what it left: its output folder or one of its checkpoints."
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the file's, as rl_beta=0.2."),
@@ -68,7 +78,7 @@ def train(config: RunFile, overrides: Overrides = None, debug: Debug = False) ->
         _quieten()
         from fiducial.train import train as train_run
 
-        train_run(run)
+        train_run(run.settings)
 
 
 @app.command()
@@ -80,7 +90,7 @@ def plan(
 ) -> None:
     """Say what a run would do and why: its reference, memory and data. Loads no weights."""
     with _reporting(debug):
-        run = _load(config, overrides)
+        run = _load(config, overrides).config
 
         from fiducial.reference.describe import plan_run, render_plan
 
@@ -96,7 +106,7 @@ def preprocess(config: RunFile, overrides: Overrides = None, debug: Debug = Fals
     """Tokenize and audit the data, and score the reference where the plan precomputes it."""
     resume = f"What was scored is kept; go on with: fiducial preprocess {config}"
     with _reporting(debug, interrupted=resume):
-        run = _load(config, overrides)
+        run = _load(config, overrides).config
 
         _quieten()
         from fiducial.train import preprocess as preprocess_run
@@ -105,15 +115,42 @@ def preprocess(config: RunFile, overrides: Overrides = None, debug: Debug = Fals
 
 
 @app.command()
-def evaluate(config: RunFile, overrides: Overrides = None, debug: Debug = False) -> None:
-    """Score a trained run on held-out data against its reference: accuracy, margins, KL."""
+def evaluate(run: RunOrFolder, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Score a trained run against its reference: accuracy, margins, KL.
+
+    On the data it held out, or on others: fiducial evaluate outputs/run datasets.0.path=new.jsonl
+    """
     with _reporting(debug):
-        run = _load(config, overrides)
+        if _is_folder(run):
+            finished = _find_finished(run, overrides)
+            from fiducial.evaluate import evaluate_finished
+
+            evaluate_finished(finished)
+            return
+        loaded = _load(run, overrides)
 
         _quieten()
         from fiducial.evaluate import evaluate as evaluate_run
 
-        evaluate_run(run)
+        evaluate_run(loaded.config)
+
+
+@app.command()
+def verify(run: RunOrFolder, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Prove the reference, and nothing else. Of a finished run: is its reference still what it was?"""
+    with _reporting(debug):
+        if _is_folder(run):
+            finished = _find_finished(run, overrides)
+            from fiducial.verification import verify_finished
+
+            verify_finished(finished)
+            return
+        loaded = _load(run, overrides)
+
+        _quieten()
+        from fiducial.verification import verify as verify_run
+
+        verify_run(loaded.config)
 
 
 @app.command()
@@ -127,7 +164,7 @@ def merge(
 ) -> None:
     """Merge a trained LoRA adapter into its base model."""
     with _reporting(debug):
-        run = _load(config, overrides)
+        run = _load(config, overrides).config
 
         _quieten()
         from fiducial.merge import merge_adapter
@@ -149,17 +186,38 @@ def main() -> None:
     app()
 
 
-def _load(config: str, overrides: list[str] | None) -> RunConfig:
+def _is_folder(run: str) -> bool:
+    """Whether a run is named by what it left, and not by its YAML."""
+    path = Path(run)
+    return path.is_dir() or not (path.exists() or path.suffix)
+
+
+def _load(config: str, overrides: list[str] | None) -> "LoadedRun":
     from fiducial.config.load import load_run
 
     loaded = load_run(config, overrides or ())
+    _tell_notes(loaded.config, loaded.notes)
+    return loaded
+
+
+def _find_finished(folder: str, overrides: list[str] | None) -> "FinishedRun":
+    """The run that wrote `folder`, found before anything heavy is imported."""
+    from fiducial.finished import from_folder
+
+    finished = from_folder(Path(folder), overrides or ())
+    _tell_notes(finished.cfg)
+    _quieten()
+    return finished
+
+
+def _tell_notes(run: RunConfig, notes: tuple[str, ...] = ()) -> None:
+    """Print the notes, and that the hub cannot be reached, where that matters."""
     from fiducial.hub import keep_to_cache
 
-    offline = keep_to_cache(loaded.config)
+    offline = keep_to_cache(run)
     cached = f"the hub cannot be reached ({offline}): using what is cached."
-    for note in (*loaded.notes, *([cached] if offline is not None else [])):
+    for note in (*notes, *([cached] if offline is not None else [])):
         _console(stderr=True).print(f"[yellow]note:[/yellow] {escape(note)}", soft_wrap=True)
-    return loaded.config
 
 
 def _quieten() -> None:
@@ -221,7 +279,7 @@ def _complain(message: str, remedy: str = "") -> None:
 
 
 def _load_quietly(config: str, overrides: list[str] | None) -> RunConfig:
-    run = _load(config, overrides)
+    run = _load(config, overrides).config
     _quieten()
     return run
 

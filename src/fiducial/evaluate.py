@@ -1,6 +1,7 @@
-"""Judges a trained policy against its reference on held-out data."""
+"""Judges a trained policy against its reference, on held-out data or on any other."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,23 @@ from rich.console import Console
 from rich.table import Table
 from transformers.trainer_callback import PrinterCallback
 
+from fiducial.config.load import validate_config
 from fiducial.config.schema import RunConfig
-from fiducial.errors import ConfigError, ModelError
-from fiducial.prepare import build_objective, load_policy, main_console, prove, read_run, score_ahead
+from fiducial.errors import ConfigError
+from fiducial.finished import FinishedRun, from_config, require_fits
+from fiducial.prepare import (
+    ProvedReference,
+    Run,
+    build_objective,
+    load_policy,
+    main_console,
+    prove,
+    read_run,
+    score_ahead,
+)
+from fiducial.reference.moving import load_moved
 from fiducial.training.arguments import training_arguments
 from fiducial.training.budget import choose_token_budget
-from fiducial.training.checkpoints import SHARDED_WEIGHTS, WHOLE_WEIGHTS
 from fiducial.training.metrics import ASKED_FOR, METRICS
 from fiducial.training.trainer import PreferenceTrainer, TrainingData
 
@@ -26,43 +38,73 @@ def evaluate(
 ) -> dict[str, float]:
     """Loss, rewards, accuracy, margins and KL of the policy in `checkpoint` on the run's evaluation data.
 
-    Policy and reference are rebuilt as training builds them, and the reference is proved against the starting
-    policy before the trained weights are loaded. Without `checkpoint` it is the run's output folder.
+    Without `checkpoint` it is the run's output folder.
 
     Raises:
         ConfigError: the run has no evaluation data.
-        ModelError: there is no trained model in `checkpoint`.
+        ModelError: there is no trained model in `checkpoint`, or its reference is not what it was.
     """
-    run = read_run(cfg, console or main_console())
-    if run.data.evaluation is None or run.cfg.method is None:
-        raise ConfigError("val_set_size, test_datasets: set one of them, or there is nothing to evaluate on.")
-    folder = _trained(Path(checkpoint or run.cfg.output.output_dir))
+    folder = None if checkpoint is None else Path(checkpoint)
+    return evaluate_finished(from_config(validate_config(cfg), folder), console=console)
+
+
+def evaluate_finished(finished: FinishedRun, *, console: Console | None = None) -> dict[str, float]:
+    """As `evaluate`, of a run found from its folder.
+
+    Policy and reference are rebuilt as training built them: the starting policy is loaded to be scored and
+    proved, and the trained weights then take its place. So full fine-tuning has its reference again, and no
+    more than one model is held. Only what is evaluated is scored.
+    """
+    cfg = _with_evaluation_alone(finished.cfg, new_data=finished.new_data)
+    run = replace(read_run(cfg, console or main_console()), record=finished.record)
+    evaluation = run.data.evaluation
+    if evaluation is None or run.cfg.method is None:
+        raise ConfigError(
+            "val_set_size, test_datasets: set one of them, or there is nothing to evaluate on. Other pairs "
+            "are named as datasets.0.path=pairs.jsonl behind the run's folder."
+        )
+    require_fits(finished.folder, run.cfg, run.facts)
     args = training_arguments(_offline(run.cfg), num_rows=len(run.data.train), has_evaluation=True)
     budget = choose_token_budget(run.cfg, run.facts, run.plan, args.device)
     policy = load_policy(run, args.device, budget)
-    store = score_ahead(run, policy, args.device)
-    judged = prove(run, policy, store, args.device)
+    ahead = score_ahead(run, policy, args.device, datasets={"evaluation": evaluation})
+    judged = prove(run, policy, ahead, args.device, on=evaluation)
     trainer = PreferenceTrainer(
         policy.model,
         args,
         build_objective(run, policy, judged),
-        TrainingData(run.data.train, run.data.evaluation),
+        TrainingData(run.data.train, evaluation),
         micro_batch_tokens=budget,
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.load_weights(folder)
+    trainer.load_weights(finished.folder)
+    _move_reference(run, judged, finished.folder)
     found = trainer.evaluate()
     metrics = {name: found[f"eval_{name}"] for name in (*METRICS, *ASKED_FOR) if f"eval_{name}" in found}
-    run.console.print(
-        _table(metrics, f"{folder} on {len(run.data.evaluation)} held-out {run.cfg.method.unit}s")
-    )
+    title = f"{finished.folder} on {len(evaluation)} {run.cfg.method.unit}s"
+    run.console.print(_table(metrics, title))
     return metrics
 
 
-def _trained(folder: Path) -> Path:
-    if not any((folder / name).exists() for name in (*WHOLE_WEIGHTS, *SHARDED_WEIGHTS)):
-        raise ModelError(f"{folder} holds no trained model: train the run first, or name its checkpoint.")
-    return folder
+def _with_evaluation_alone(cfg: RunConfig, *, new_data: bool) -> RunConfig:
+    """The run with nothing to train on but what it is evaluated on, where that is named by itself.
+
+    A part held out of the training data is found again only by reading that.
+    """
+    if cfg.data is None:
+        return cfg
+    pairs = cfg.data.datasets if new_data else cfg.data.test_datasets
+    if not pairs:
+        return cfg
+    data = cfg.data.model_copy(update={"datasets": pairs, "test_datasets": pairs, "val_set_size": 0.0})
+    return cfg.model_copy(update={"data": data})
+
+
+def _move_reference(run: Run, judged: ProvedReference, folder: Path) -> None:
+    """Put a synced reference where it was when `folder` was written."""
+    if judged.follower is not None:
+        load_moved(judged.follower, folder)
+        run.console.print("The reference is the one that training had moved to.")
 
 
 def _offline(cfg: RunConfig) -> RunConfig:

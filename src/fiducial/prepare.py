@@ -2,8 +2,8 @@
 
 run    = read_run(cfg)                the plan, the tokenizer, the data; no weights yet
 policy = load_policy(run, …)          the model that trains, in the layout it allows
-store  = score_ahead(run, policy)     the reference's log-probs, where the plan precomputes them
-judged = prove(run, policy, store)    the reference the trainer asks, measured against the policy
+ahead  = score_ahead(run, policy)     the reference's log-probs, where the plan precomputes them
+judged = prove(run, policy, ahead)    the reference the trainer asks, measured against the policy
 """
 
 import gc
@@ -37,13 +37,14 @@ from fiducial.reference.cache.known import remember
 from fiducial.reference.cache.opening import open_store
 from fiducial.reference.facts import Facts, gather_facts
 from fiducial.reference.fill import fill, warn
-from fiducial.reference.identity import identify
+from fiducial.reference.identity import Identity, identify
 from fiducial.reference.kinds import ReferencePlan, Schedule, Source
 from fiducial.reference.moving import Follower, build_follower
 from fiducial.reference.plan import plan_reference
 from fiducial.reference.setup import setup_reference_model
 from fiducial.reference.sources import NoReference, Reference, build_reference, build_scoring_reference
 from fiducial.reference.verify import Proof, prove_reference, require_adapter_off
+from fiducial.run_record import RunRecord, require_same_reference
 from fiducial.training.arguments import world_size
 from fiducial.training.objective import Objective
 
@@ -60,6 +61,10 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     data: PreparedData
     console: Console
+    record: RunRecord | None = None
+    """What an earlier start of the same run left; its reference must still be the same."""
+    settings: Mapping[str, Any] | None = None
+    """The run in the keys of the YAML dialect, where it was given in them."""
 
     @property
     def precomputes(self) -> bool:
@@ -78,6 +83,15 @@ class Policy:
 
 
 @dataclass(frozen=True, slots=True)
+class ScoredAhead:
+    """The records of a precomputed reference."""
+
+    store: LogpStore
+    noise: float
+    """By how much records that were there already differ from what is scored now, in nats a token."""
+
+
+@dataclass(frozen=True, slots=True)
 class ProvedReference:
     """What the trainer asks for the reference's log-probs, and what was measured of it before step 1."""
 
@@ -86,6 +100,8 @@ class ProvedReference:
     """The groups it was measured on."""
     proof: Proof | None
     """None where there is no reference."""
+    identity: Identity | None = None
+    """Which weights it was before step 1; None without a reference, and in all processes but the first."""
     follower: Follower | None = None
     """What moves the reference, where the plan has it follow the policy."""
 
@@ -112,7 +128,12 @@ def read_run(cfg: RunConfig | Mapping[str, Any], console: Console | None = None)
 
 def main_console() -> Console:
     """One process of a distributed run speaks for all of them."""
-    return Console(quiet=os.environ.get("RANK", "0") != "0")
+    return Console(quiet=not is_first_process())
+
+
+def is_first_process() -> bool:
+    """Whether this process writes and speaks for the others."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def load_policy(run: Run, device: torch.device, micro_batch_tokens: int) -> Policy:
@@ -137,23 +158,32 @@ def load_second_model(run: Run, device: torch.device) -> Scorer | None:
         return _scorer(run, model, where)[0]
 
 
-def score_ahead(run: Run, policy: Policy, device: torch.device) -> LogpStore | None:
+def score_ahead(
+    run: Run,
+    policy: Policy,
+    device: torch.device,
+    *,
+    datasets: Mapping[str, TokenizedDataset] | None = None,
+) -> ScoredAhead | None:
     """Score the reference over all data, where the plan precomputes it, and forget any second model.
 
     Only what the store has no record of is scored. The policy must still hold the weights it starts from: a
-    resumed run scores before it loads its checkpoint.
+    resumed run scores before it loads its checkpoint. `datasets`, by names for people, replace the run's.
+
+    Raises:
+        ModelError: the reference is not what it was when the run started.
     """
     if not run.precomputes:
         return None
     second = load_second_model(run, device)
     scorer = second or policy.scorer
-    identity = identify(run.plan, scorer)
+    identity = _identify(run, scorer)
     store = open_store(run.cfg, identity, tell=lambda sentence: warn(run.console, sentence))
     remember(run.cfg, run.plan, identity.digest)
     reference = build_scoring_reference(run.plan, policy.scorer, second)
-    fill(
+    noise = fill(
         store,
-        _datasets(run.data),
+        _datasets(run.data) if datasets is None else datasets,
         reference,
         scorer,
         token_budget=policy.micro_batch_tokens,
@@ -163,28 +193,48 @@ def score_ahead(run: Run, policy: Policy, device: torch.device) -> LogpStore | N
     del second, scorer, reference
     gc.collect()
     torch.cuda.empty_cache()
-    return store
+    return ScoredAhead(store, noise)
 
 
-def prove(run: Run, policy: Policy, store: LogpStore | None, device: torch.device) -> ProvedReference:
-    """The reference the trainer asks, measured against the policy on a few groups.
+def prove(
+    run: Run,
+    policy: Policy,
+    ahead: ScoredAhead | None,
+    device: torch.device,
+    *,
+    on: TokenizedDataset | None = None,
+) -> ProvedReference:
+    """The reference the trainer asks, measured against the policy on a few groups of `on`, or of the run's.
 
     Raises:
         PlanError: switching the adapter off is not the starting policy.
         TrainingError: the reference should be the starting policy, and is not.
+        ModelError: the reference is not what it was when the run started.
     """
-    groups = typical_groups(run.data.sample)
+    groups = typical_groups(run.data.sample if on is None else on)
     if run.plan.source is Source.ADAPTER_OFF:
         require_adapter_off(policy.scorer, groups)
     second = None if run.precomputes else load_second_model(run, device)
-    reference = build_reference(run.plan, policy.scorer, second, store)
+    reference = build_reference(run.plan, policy.scorer, second, None if ahead is None else ahead.store)
     if isinstance(reference, NoReference):
         return ProvedReference(reference, groups, None)
-    proof = prove_reference(policy.scorer, reference, groups, expected_equal=run.plan.equals_starting_policy)
+    identity = None
+    if ahead is not None:
+        identity = ahead.store.identity
+    elif is_first_process():  # weights are hashed once, not by every process
+        identity = _identify(run, second or policy.scorer)
+    proof = prove_reference(
+        policy.scorer,
+        reference,
+        groups,
+        expected_equal=run.plan.equals_starting_policy,
+        pass_tokens=policy.micro_batch_tokens,
+        known_noise=0.0 if ahead is None else ahead.noise,
+    )
     follower = None
     if run.plan.sync is not None:
         follower = build_follower(policy.model, None if second is None else second.model, run.plan.sync)
-    return ProvedReference(reference, groups, proof, follower)
+    return ProvedReference(reference, groups, proof, identity, follower)
 
 
 def build_objective(run: Run, policy: Policy, judged: ProvedReference) -> Objective:
@@ -199,6 +249,15 @@ def typical_groups(data: TokenizedDataset) -> list[TokenizedGroup]:
     by_length = np.argsort(data.lengths, kind="stable")
     start = len(by_length) // 4
     return [data[int(index)] for index in by_length[start : start + PROOF_GROUPS]]
+
+
+def _identify(run: Run, scorer: Scorer) -> Identity:
+    """The reference's identity, which must be the one the run's record has."""
+    identity = identify(run.plan, scorer)
+    if run.record is not None:
+        for change in require_same_reference(run.record, identity.as_dict()):
+            warn(run.console, f"the reference is the same as when the run started, but {change}.")
+    return identity
 
 
 def _scorer(run: Run, model: Any, device: torch.device) -> tuple[Scorer, LayoutChoice]:

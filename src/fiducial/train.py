@@ -1,7 +1,5 @@
 """A run from its configuration to the aligned model: `train(cfg)`."""
 
-import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,18 +22,20 @@ from fiducial.prepare import (
     ProvedReference,
     Run,
     build_objective,
+    is_first_process,
     load_policy,
     main_console,
     prove,
     read_run,
     score_ahead,
 )
-from fiducial.reference.describe import plan_report, render_plan
+from fiducial.record_keeping import RecordKeeper, answers, record_of
 from fiducial.reference.kinds import ReferencePlan
-from fiducial.reference.memory import estimate_memory
-from fiducial.reference.row_counts import count_data
+from fiducial.reference.moving import MOVED_FOLDER, save_follower
 from fiducial.reference.setup import setup_reference_model
 from fiducial.reference.verify import check_unmoved
+from fiducial.run_record import RECORD_FILE, Answers, find_record
+from fiducial.run_report import PLAN_FILE, RunReport
 from fiducial.training.arguments import setting_callbacks, training_arguments, world_size
 from fiducial.training.budget import choose_token_budget
 from fiducial.training.callbacks import (
@@ -48,15 +48,14 @@ from fiducial.training.callbacks import (
 from fiducial.training.checkpoints import Launch, full_disk_explained, to_resume
 from fiducial.training.closing import closing_table, first_and_last
 from fiducial.training.loggers import close_loggers, reporting, require_loggers
-from fiducial.training.metrics import peak_memory
 from fiducial.training.progress import ProgressBar
 from fiducial.training.reference_sync import ReferenceSync
+from fiducial.training.step_clock import StepClock, TimedReference
 from fiducial.training.trainer import PreferenceTrainer, TrainingData
 
 __all__ = ["TrainResult", "preprocess", "setup_reference_model", "train"]
 
 METRICS_FILE = "metrics.jsonl"
-PLAN_FILE = "plan.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +67,7 @@ class TrainResult:
     """The last value of every metric; those on held-out data begin with `eval_`."""
     plan: ReferencePlan
     record: dict[str, Any]
-    """What plan.json holds: the plan, the predicted and measured memory, the data's account, the proof."""
+    """What plan.json holds: the plan, what was predicted and measured, the data's account, the proof."""
 
 
 def train(cfg: RunConfig | Mapping[str, Any], *, console: Console | None = None) -> TrainResult:
@@ -80,33 +79,35 @@ def train(cfg: RunConfig | Mapping[str, Any], *, console: Console | None = None)
     """
     checked = validate_config(cfg)
     require_loggers(checked.output.loggers)
-    run = read_run(checked, console or main_console())
+    settings = None if isinstance(cfg, RunConfig) else dict(cfg)
+    run = replace(read_run(checked, console or main_console()), settings=settings)
     output_dir = Path(run.cfg.output.output_dir)
     resume = _checkpoint_to_resume(run.cfg)
     args = _arguments(run, resuming=resume is not None)
     told, disk = reporting(run.cfg.output), full_disk_explained(output_dir, _launch(run.cfg))
     with told, disk, lost_process_explained(), _own_progress():
-        resumed = saved_micro_batch_tokens(resume) if resume is not None else None
+        resumed = None
+        if resume is not None:
+            run = replace(run, record=find_record(resume))
+            resumed = saved_micro_batch_tokens(resume)
         budget = choose_token_budget(run.cfg, run.facts, run.plan, args.device, resumed=resumed)
-        record = _announce(run, budget)
-        record["memory"] |= {"held_before_loading_bytes": peak_memory(args.device)}
-        policy = load_policy(run, args.device, budget)
-        store = score_ahead(run, policy, args.device)
-        judged = prove(run, policy, store, args.device)
-        _tell(run, policy, judged, record)
-        _write_record(output_dir, record)
-        trainer = _build_trainer(run, policy, judged, args)
-        sync = _reference_sync(run, policy, judged)
-        if sync is not None:
-            trainer.add_callback(sync)
-        if sync is not None and resume is not None:
-            sync.resume(resume)
+        report = RunReport(run, budget, args.device)
+        policy, judged = _load_and_prove(run, args, budget, report)
+        timed = TimedReference(judged.reference, args.device)
+        clock = StepClock(timed)
+        trainer = _build_trainer(run, policy, replace(judged, reference=timed), args)
+        sync = _reference_sync(run, policy, judged, resume)
+        for callback in filter(None, (sync, _record_keeper(run, policy, judged, sync), clock)):
+            trainer.add_callback(callback)
         _train(trainer, resume, run)
-        if sync is not None:
-            judged = replace(judged, proof=sync.proof)
-            record["proof"] |= {"moves": sync.report()}
-        metrics = _finish(trainer, run, policy, judged, record)
-    return TrainResult(output_dir, metrics, run.plan, record)
+        _close_proof(run, policy, judged, sync, report)
+        if run.data.evaluation is not None and not _evaluated_as_it_is(trainer):
+            close_loggers(trainer)
+            trainer.evaluate()
+        report.add_measured(clock)
+        report.tell_rows()
+        metrics = _finish(trainer, policy, judged, report)
+    return TrainResult(output_dir, metrics, run.plan, report.record)
 
 
 def preprocess(cfg: RunConfig | Mapping[str, Any], *, console: Console | None = None) -> Run:
@@ -144,22 +145,19 @@ def _arguments(run: Run, *, resuming: bool) -> TrainingArguments:
     )
 
 
-def _announce(run: Run, budget: int) -> dict[str, Any]:
-    """Print the plan and the data's account; returns them as what plan.json will hold."""
-    memory = estimate_memory(run.cfg, run.facts, run.plan, budget)
-    report = plan_report(run.cfg, run.facts, run.plan, memory, count_data(run.cfg))
-    render_plan(report, run.console)
-    run.data.audit.render(run.console)
-    return report | {"audit": run.data.audit.as_dict()}
-
-
-def _tell(run: Run, policy: Policy, judged: ProvedReference, record: dict[str, Any]) -> None:
-    """Print and record the layout and the proof."""
-    record["layout"] = {"layout": policy.layout.layout, "why": policy.layout.why}
-    record["proof"] = _proof(judged)
-    run.console.print(f"Layout: {policy.layout.layout}. {policy.layout.why}", soft_wrap=True)
-    if (sentence := _proof_sentence(judged)) is not None:
-        run.console.print(sentence, soft_wrap=True)
+def _load_and_prove(
+    run: Run, args: TrainingArguments, budget: int, report: RunReport
+) -> tuple[Policy, ProvedReference]:
+    """Everything between the plan and step 1, told and timed."""
+    with report.timed("loading"):
+        policy = load_policy(run, args.device, budget)
+    with report.timed("scoring"):
+        ahead = score_ahead(run, policy, args.device)
+    with report.timed("proof"):
+        judged = prove(run, policy, ahead, args.device)
+    report.tell_proof(policy, judged)
+    report.write()
+    return policy, judged
 
 
 def _build_trainer(
@@ -184,15 +182,34 @@ def _build_trainer(
     return trainer
 
 
-def _reference_sync(run: Run, policy: Policy, judged: ProvedReference) -> ReferenceSync | None:
+def _reference_sync(
+    run: Run, policy: Policy, judged: ProvedReference, resume: Path | None
+) -> ReferenceSync | None:
     """What moves the reference while the policy trains, where the plan has it moved."""
     if judged.follower is None:
         return None
     assert run.plan.sync is not None
     assert judged.proof is not None
-    return ReferenceSync(
+    sync = ReferenceSync(
         run.plan.sync, judged.follower, policy.scorer, judged.reference, judged.proof, judged.groups
     )
+    if resume is not None:
+        sync.resume(resume)
+    return sync
+
+
+def _record_keeper(
+    run: Run, policy: Policy, judged: ProvedReference, sync: ReferenceSync | None
+) -> RecordKeeper:
+    """What keeps the run's record in checkpoints; it is in the output folder from now on."""
+
+    def moved() -> Answers | None:
+        return None if sync is None else answers(sync.proof, sync.groups)
+
+    keeper = RecordKeeper(record_of(run, policy, judged), moved)
+    if is_first_process():
+        keeper.save_files(Path(run.cfg.output.output_dir))
+    return keeper
 
 
 def _train(trainer: PreferenceTrainer, resume: Path | None, run: Run) -> None:
@@ -212,40 +229,44 @@ def _train(trainer: PreferenceTrainer, resume: Path | None, run: Run) -> None:
         )
 
 
+def _close_proof(
+    run: Run, policy: Policy, judged: ProvedReference, sync: ReferenceSync | None, report: RunReport
+) -> None:
+    """Check once more that the reference did not move by itself, and keep one that was moved.
+
+    Raises:
+        TrainingError: it has moved.
+    """
+    proof = judged.proof if sync is None else sync.proof
+    moved = None
+    if proof is not None:
+        moved = check_unmoved(proof, policy.scorer, judged.reference, judged.groups)
+    report.add_end(sync, moved)
+    if sync is not None and is_first_process():
+        folder = Path(run.cfg.output.output_dir)
+        save_follower(sync.follower, folder / MOVED_FOLDER)
+        record_of(run, policy, judged).with_moved(answers(sync.proof, sync.groups)).write(folder)
+
+
 def _finish(
-    trainer: PreferenceTrainer, run: Run, policy: Policy, judged: ProvedReference, record: dict[str, Any]
+    trainer: PreferenceTrainer, policy: Policy, judged: ProvedReference, report: RunReport
 ) -> dict[str, float]:
-    """Check the reference once more, evaluate, and save what the run leaves behind."""
+    """Save what the run leaves behind, and tell how it ended."""
+    run, output_dir = report.run, report.folder
     assert run.cfg.method is not None
-    output_dir = Path(run.cfg.output.output_dir)
-    if judged.proof is not None:
-        moved = check_unmoved(judged.proof, policy.scorer, judged.reference, judged.groups)
-        record["proof"] |= {"moved_while_training": moved}
-    if run.data.evaluation is not None and not _evaluated_as_it_is(trainer):
-        close_loggers(trainer)
-        trainer.evaluate()
-    used = peak_memory(trainer.args.device) - record["memory"]["held_before_loading_bytes"]
-    record["memory"] |= {"measured_peak_bytes": used}
-    _tell_what_was_read(run, record)
     policy.scorer.restore_attention()
     _save(trainer, output_dir)
     metrics = {name: last for name, (_, last) in first_and_last(trainer.state.log_history).items()}
     if trainer.is_world_process_zero():
-        _write_record(output_dir, record)
-        write_model_card(output_dir, run.cfg, run.plan, metrics, proof=_proof_sentence(judged))
-    run.console.print(closing_table(trainer.state.log_history, record["memory"], unit=run.cfg.method.unit))
+        report.write()
+        sentence = None if judged.proof is None else judged.proof.sentence()
+        write_model_card(output_dir, run.cfg, run.plan, metrics, proof=sentence)
+    run.console.print(closing_table(trainer.state.log_history, report.record, unit=run.cfg.method.unit))
     run.console.print(
-        f"Model, tokenizer, {METRICS_FILE}, {PLAN_FILE} and model card: {output_dir}", soft_wrap=True
+        f"Model, tokenizer, {METRICS_FILE}, {PLAN_FILE}, {RECORD_FILE} and model card: {output_dir}",
+        soft_wrap=True,
     )
     return metrics
-
-
-def _tell_what_was_read(run: Run, record: dict[str, Any]) -> None:
-    """Record the account of streamed rows, which went on while training, and print what is new in it."""
-    account = run.data.account()
-    record["audit"] = account.as_dict()
-    if account.summary() != run.data.audit.summary():
-        account.render(run.console)
 
 
 def _evaluated_as_it_is(trainer: PreferenceTrainer) -> bool:
@@ -266,38 +287,6 @@ def _save(trainer: PreferenceTrainer, output_dir: Path) -> None:
     trainer.save_model(str(output_dir))
     # A pickle of the arguments, which nothing here reads: a model folder should hold none.
     (output_dir / "training_args.bin").unlink(missing_ok=True)
-
-
-def _proof(judged: ProvedReference) -> dict[str, Any]:
-    proof = judged.proof
-    if proof is None:
-        return {}
-    return {
-        "max_difference": proof.max_difference,
-        "mean_difference": proof.mean_difference,
-        "noise_floor": proof.noise_floor,
-        "tolerance": proof.tolerance,
-        "num_tokens": proof.num_tokens,
-    }
-
-
-def _proof_sentence(judged: ProvedReference) -> str | None:
-    proof = judged.proof
-    if proof is None:
-        return None
-    return (
-        f"Before step 1 policy and reference differed by at most {proof.max_difference:.2g} nats a token on "
-        f"{proof.num_tokens} tokens (up to {proof.tolerance:.1g} is rounding)."
-    )
-
-
-def _write_record(output_dir: Path, record: dict[str, Any]) -> None:
-    if os.environ.get("RANK", "0") != "0":
-        return
-    output_dir.mkdir(parents=True, exist_ok=True)
-    temporary = output_dir / f"{PLAN_FILE}.tmp"
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(output_dir / PLAN_FILE)
 
 
 @contextmanager

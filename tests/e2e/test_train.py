@@ -167,7 +167,16 @@ def test_it_learns_and_leaves_everything_behind(tmp_path: Path) -> None:
     record = json.loads((result.output_dir / "plan.json").read_text())
     assert record["reference"]["source"] == "initial_policy"
     assert record["memory"]["peak_bytes"] > 0
-    assert record["memory"]["measured_peak_bytes"] >= 0
+    predicted, measured = record["predicted"], record["measured"]
+    assert measured["peak_bytes"] >= 0
+    assert predicted["peak_bytes"] == record["memory"]["peak_bytes"]
+    assert predicted["scoring_share"] == pytest.approx(1 - 1 / predicted["relative_time"])
+    assert {"loading", "scoring", "proof", "training"} == set(measured["seconds"])
+    assert min(measured["seconds"].values()) > 0
+    assert 0 < measured["scoring_share"] < 1
+    assert 0 < predicted["seconds"]["scoring"] < predicted["seconds"]["training"]
+    assert set(record["proof"]["log_ratio"]) == {"per_token", "per_sequence"}
+    assert record["proof"]["log_ratio"]["per_token"]["max"] <= record["proof"]["tolerance"]
     assert record["proof"]["moved_while_training"] == 0
     assert record["audit"]["train"] == 20
     again = evaluate(run_config(tmp_path, rows=24, val_set_size=4))

@@ -22,7 +22,7 @@ from fiducial.config.methods import METHODS
 from fiducial.errors import ConfigError, FiducialError, ModelError, TrainingError
 from tiny import save_checkpoint
 
-COMMANDS = ("train", "plan", "preprocess", "evaluate", "merge", "losses")
+COMMANDS = ("train", "plan", "preprocess", "evaluate", "verify", "merge", "losses")
 Fiducial = Callable[..., Result]
 
 
@@ -175,19 +175,20 @@ def test_an_interrupted_trainer_speaks_for_itself(
 
 
 @pytest.mark.parametrize(
-    ("command", "function"),
+    ("command", "function", "handed"),
     [
-        ("train", "fiducial.train.train"),
-        ("preprocess", "fiducial.train.preprocess"),
-        ("evaluate", "fiducial.evaluate.evaluate"),
+        ("train", "fiducial.train.train", "settings"),
+        ("preprocess", "fiducial.train.preprocess", "config"),
+        ("evaluate", "fiducial.evaluate.evaluate", "config"),
+        ("verify", "fiducial.verification.verify", "config"),
     ],
 )
 def test_a_command_hands_the_loaded_run_to_its_function(
-    fiducial_command: Fiducial, monkeypatch: pytest.MonkeyPatch, command: str, function: str
+    fiducial_command: Fiducial, monkeypatch: pytest.MonkeyPatch, command: str, function: str, handed: str
 ) -> None:
     given: list[Any] = []
     run = validate_config({"base_model": "."})
-    loaded = SimpleNamespace(config=run, notes=("a note",))
+    loaded = SimpleNamespace(config=run, notes=("a note",), settings="its settings")
 
     def load_run(path: str, overrides: list[str]) -> Any:
         given.append((path, overrides))
@@ -199,7 +200,7 @@ def test_a_command_hands_the_loaded_run_to_its_function(
     result = fiducial_command(command, "run.yaml", "rl_beta=0.2", "datasets.0.split=train[:1]")
 
     assert result.exit_code == 0, result.stderr
-    assert given == [("run.yaml", ["rl_beta=0.2", "datasets.0.split=train[:1]"]), run]
+    assert given == [("run.yaml", ["rl_beta=0.2", "datasets.0.split=train[:1]"]), getattr(loaded, handed)]
     assert "note: a note" in result.stderr
 
 

@@ -106,8 +106,12 @@ def test_command_runs(where: str, command: str, workspace: Path) -> None:
 
 
 def run_fiducial(arguments: list[str]) -> None:
-    if arguments[0] in ("evaluate", "merge"):
-        CliRunner().invoke(cli.app, ["train", arguments[1]], catch_exceptions=False)
+    if arguments[0] in ("evaluate", "merge", "verify"):
+        train = ["train", "run.yaml", "save_steps=2", "val_set_size=2"]
+        CliRunner().invoke(cli.app, train, catch_exceptions=False)
+    places = {"outputs/run": "out", "outputs/run/checkpoint-2": "out/checkpoint-2"}
+    places["datasets.0.path=new.jsonl"] = "datasets.0.path=pairs.jsonl"
+    arguments = [places.get(argument, argument) for argument in arguments]
 
     result = CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
 

@@ -28,6 +28,8 @@ class LoadedRun:
     """Keys that were left out because they cannot change the result, and assumptions; one line each."""
     source_text: str
     """The YAML as the user wrote it, without overrides."""
+    settings: Mapping[str, Any]
+    """The keys of the dialect with the overrides laid over them."""
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRun:
@@ -39,7 +41,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRun:
     document = read_document(path)
     problems = apply_overrides(document, tuple(overrides))
     config, notes = Translation(document).run(problems)
-    return LoadedRun(config, notes, document.source_text)
+    return LoadedRun(config, notes, document.source_text, document.values)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -14,7 +14,7 @@ from fiducial.reference.kinds import ReferencePlan, Schedule, Source
 from fiducial.reference.memory import estimate_memory
 from fiducial.reference.plan import possible_plans
 
-_FORWARD, _BACKWARD, _BACKWARD_FROZEN = 2.0, 4.0, 2.0
+FORWARD, BACKWARD, BACKWARD_FROZEN = 2.0, 4.0, 2.0
 """Operations a weight and token."""
 
 
@@ -31,9 +31,12 @@ class Alternative:
 
 
 def alternatives(
-    cfg: RunConfig, facts: Facts, plan: ReferencePlan, token_budget: int
+    cfg: RunConfig, facts: Facts, plan: ReferencePlan, token_budget: int, *, longest: int | None = None
 ) -> tuple[Alternative, ...]:
-    """Every right plan for the run, `plan` among them; none where there is no reference."""
+    """Every right plan for the run, `plan` among them; none where there is no reference.
+
+    `longest` as in `estimate_memory`.
+    """
     if plan.schedule is None:
         return ()
     chosen = (plan.source, plan.schedule)
@@ -42,7 +45,7 @@ def alternatives(
         Alternative(
             each.source,
             each.schedule,
-            estimate_memory(cfg, facts, each, token_budget).peak,
+            estimate_memory(cfg, facts, each, token_budget, longest=longest).peak,
             relative_time(cfg, facts, each),
             each is plan,
         )
@@ -55,8 +58,13 @@ def relative_time(cfg: RunConfig, facts: Facts, plan: ReferencePlan) -> float:
     """The run's time under `plan`, as a multiple of the time without any reference."""
     if plan.schedule is None:
         return 1.0
-    training = _FORWARD + (_BACKWARD if cfg.adapter is None else _BACKWARD_FROZEN)
-    reference = facts.reference if plan.source is Source.SEPARATE_MODEL else None
-    weights = (reference or facts.model).num_parameters / facts.model.num_parameters
+    training = FORWARD + (BACKWARD if cfg.adapter is None else BACKWARD_FROZEN)
+    weights = weight_ratio(facts, plan)
     epochs = cfg.optimization.num_epochs if plan.schedule is Schedule.PRECOMPUTED else 1.0
-    return 1 + _FORWARD * weights / training / max(epochs, 1.0)
+    return 1 + FORWARD * weights / training / max(epochs, 1.0)
+
+
+def weight_ratio(facts: Facts, plan: ReferencePlan) -> float:
+    """Weights of the reference for each of the policy's."""
+    reference = facts.reference if plan.source is Source.SEPARATE_MODEL else None
+    return (reference or facts.model).num_parameters / facts.model.num_parameters

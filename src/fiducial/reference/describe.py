@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fiducial.config.schema import DatasetConfig, RunConfig
-from fiducial.reference.alternatives import alternatives
+from fiducial.reference.alternatives import alternatives, relative_time
 from fiducial.reference.cache.known import known_records
 from fiducial.reference.facts import Facts, ModelFacts, gather_facts
 from fiducial.reference.kinds import ReferencePlan
@@ -47,12 +47,21 @@ def plan_report(
     cfg: RunConfig, facts: Facts, plan: ReferencePlan, memory: MemoryEstimate, data_counts: DataCounts
 ) -> Report:
     """The plan as plain values, ready for JSON."""
+    time = relative_time(cfg, facts, plan)
     return {
         "reference": _reference(plan) | {"cached_records": known_records(cfg, plan)},
         "model": _model(facts.model, cfg),
         "method": _method(cfg),
         "memory": _memory(cfg, memory),
-        "alternatives": [asdict(each) for each in alternatives(cfg, facts, plan, memory.token_budget)],
+        "predicted": {
+            "peak_bytes": memory.peak,
+            "relative_time": time,
+            "scoring_share": 1 - 1 / time,
+        },
+        "alternatives": [
+            asdict(each)
+            for each in alternatives(cfg, facts, plan, memory.token_budget, longest=memory.longest)
+        ],
         "data": _data(cfg, data_counts),
         "batch": _batch(cfg, data_counts),
     }

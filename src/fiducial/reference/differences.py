@@ -1,6 +1,7 @@
 """Why two references are not the same one, in words. Imports no torch: a manifest is plain values."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 Manifest = Mapping[str, Any]
@@ -15,6 +16,9 @@ _WORDS = {
 }
 """What an identity is made of, for people."""
 _SHOWN = 3
+Places = tuple[str, str]
+_HERE: Places = ("here", "there")
+_NOW: Places = ("now", "then")
 
 
 def differences(wanted: Manifest, found: Manifest) -> list[str]:
@@ -24,33 +28,72 @@ def differences(wanted: Manifest, found: Manifest) -> list[str]:
         if found.get(name) == wanted.get(name):
             continue
         if name == "weights":
-            phrases += _weights(wanted.get("fingerprint"), found.get("fingerprint"))
+            here, there = wanted.get("fingerprint"), found.get("fingerprint")
+            phrases += [*_settings(here, there, _HERE), *_tensors(here, there, _HERE)]
         else:
             phrases.append(f"{words}: {found.get(name)} there, {wanted.get(name)} here")
     return phrases
 
 
-def _weights(wanted: Manifest | None, found: Manifest | None) -> list[str]:
-    """Which weights and settings differ, where both manifests know them one by one."""
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What has become of one reference in the course of time, a phrase each."""
+
+    another: tuple[str, ...]
+    """It is another policy now."""
+    computed: tuple[str, ...]
+    """It is the same policy, computed in another way or by other software."""
+
+
+def changes(then: Manifest, now: Manifest) -> Changes:
+    """What is another `now` than `then`.
+
+    A setting of the config that only one of them has is the library's: a later version knows more of them.
+    """
+    before, after = then.get("fingerprint"), now.get("fingerprint")
+    another = _tensors(after, before, _NOW) if then["weights"] != now["weights"] else []
+    if then["dtype"] != now["dtype"]:  # every weight is another one then, and that says less
+        another = [f"{_WORDS['dtype']}: {then['dtype']} then, {now['dtype']} now"]
+    library = []
+    if before and after:
+        one, other = before["settings"], after["settings"]
+        shared = one.keys() & other.keys()
+        both = ({"settings": {name: each[name] for name in shared}} for each in (other, one))
+        another += _settings(next(both), next(both), _NOW)
+        library = [f"{name} of the config is known only then" for name in sorted(one.keys() - shared)]
+        library += [f"{name} of the config is known only now" for name in sorted(other.keys() - shared)]
+    computed = [
+        f"{words}: {then.get(name)} then, {now.get(name)} now"
+        for name, words in _WORDS.items()
+        if name not in ("weights", "dtype") and then.get(name) != now.get(name)
+    ]
+    return Changes(tuple(another), tuple(computed + library))
+
+
+def _tensors(wanted: Manifest | None, found: Manifest | None, places: Places) -> list[str]:
+    """Which weights differ, where both manifests know them one by one."""
     if not wanted or not found:
         return ["the weights differ"]
-    phrases = _settings(wanted["settings"], found["settings"])
     here, there = wanted["tensors"], found["tensors"]
     changed = [name for name in here if name in there and here[name] != there[name]]
-    for names, verb in (
-        (changed, "differ"),
-        ([name for name in here if name not in there], "are only here"),
-        ([name for name in there if name not in here], "are only there"),
-    ):
-        if names:
-            phrases.append(f"{len(names)} of {len(here)} weights {verb} ({_some(names)})")
-    return phrases
-
-
-def _settings(wanted: Manifest, found: Manifest) -> list[str]:
-    names = [name for name in sorted(set(wanted) | set(found)) if wanted.get(name) != found.get(name)]
     return [
-        f"{name} of the config: {_short(found.get(name))} there, {_short(wanted.get(name))} here"
+        f"{len(names)} of {len(here)} weights {verb} ({_some(names)})"
+        for names, verb in (
+            (changed, "differ"),
+            ([name for name in here if name not in there], f"are only {places[0]}"),
+            ([name for name in there if name not in here], f"are only {places[1]}"),
+        )
+        if names
+    ]
+
+
+def _settings(wanted: Manifest | None, found: Manifest | None, places: Places) -> list[str]:
+    if not wanted or not found:
+        return []
+    here, there = wanted["settings"], found["settings"]
+    names = [name for name in sorted(set(here) | set(there)) if here.get(name) != there.get(name)]
+    return [
+        f"{name} of the config: {_short(there.get(name))} {places[1]}, {_short(here.get(name))} {places[0]}"
         for name in names
     ]
 

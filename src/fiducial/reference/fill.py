@@ -23,13 +23,18 @@ def fill(
     token_budget: int,
     console: Console,
     flush_seconds: float | None = None,
-) -> None:
+) -> float:
     """Bring into `store` every completion of the datasets, which have names for people.
+
+    Returns:
+        By how much the records that were there already differ from what the reference answers now, in nats a
+        token, as far as some of them were looked at.
 
     Raises:
         CacheError: Records cannot be written or read.
         TrainingError: A log-prob is not finite.
     """
+    largest = 0.0
     for name, groups in datasets.items():
         checked = spot_check(groups, reference, scorer, store)
         with _bar(console, f"scoring the reference on {name} data") as progress:
@@ -43,6 +48,8 @@ def fill(
                 flush_every=flush_seconds or FLUSH_SECONDS,
             )
         _tell(console, name, scored, checked)
+        largest = max(largest, checked.max_difference)
+    return largest
 
 
 def warn(console: Console, sentence: str) -> None:

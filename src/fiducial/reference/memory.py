@@ -61,6 +61,8 @@ class MemoryEstimate:
     token_budget: int
     held: tuple[str, ...]
     """Which weights are held how often, a line each."""
+    longest: int
+    """Tokens of the longest group that was counted with."""
 
     def at(self, moment: When) -> int:
         """Bytes needed at once while scoring or training, on the run's own device."""
@@ -74,7 +76,13 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    cfg: RunConfig, facts: Facts, plan: ReferencePlan, token_budget: int, *, gpu: bool | None = None
+    cfg: RunConfig,
+    facts: Facts,
+    plan: ReferencePlan,
+    token_budget: int,
+    *,
+    gpu: bool | None = None,
+    longest: int | None = None,
 ) -> MemoryEstimate:
     """Bytes of every part of a run whose passes hold `token_budget` tokens.
 
@@ -84,6 +92,7 @@ def estimate_memory(
         plan: The reference it was decided to use.
         token_budget: Most tokens of one pass.
         gpu: Whether the run is on a GPU; None looks for one.
+        longest: Most tokens of a group, where the data is known; None takes the longest that is allowed.
     """
     precision = held_precision(cfg, gpu=gpu)
     trained = count_trained(cfg, facts)
@@ -92,30 +101,33 @@ def estimate_memory(
     adapter = trained.adapter * precision.adapter
     copies = facts.model.num_parameters * precision.products if precision.casts else 0
     # A pass holds at least one group, which is never cut, and no more than one optimizer step has.
-    longest = longest_group(cfg)
-    tokens = (
-        min(max(token_budget, longest), cfg.optimization.groups_per_step * longest) if token_budget else 0
-    )
+    longest = longest or longest_group(cfg)
+    step = cfg.optimization.groups_per_step * longest
+    largest_pass = max(token_budget, longest)
+    tokens = min(largest_pass, step) if token_budget else 0
+    activations = training_pass(cfg, facts, precision).of(tokens)
+    gradients = trained.total * trained_bytes
+    if step <= largest_pass:
+        head = facts.model.sizes.vocab_size * facts.model.sizes.hidden * trained_bytes
+        activations = _beside_gradients(activations, gradients, first=min(head, gradients))
     parts = [
         MemoryPart("policy weights", base, "throughout"),
         MemoryPart("adapter weights", adapter, "throughout"),
         MemoryPart("autocast copies of weights", copies, "training"),
-        MemoryPart("gradients", trained.total * trained_bytes, "training"),
+        MemoryPart("gradients", gradients, "training"),
         MemoryPart(
             f"optimizer state ({cfg.optimization.optimizer})",
             int(trained.total * _state_bytes(cfg.optimization.optimizer, trained_bytes)),
             "training",
         ),
         *_reference_parts(cfg, facts, plan, precision, adapter),
-        MemoryPart(
-            "activations of a training pass", training_pass(cfg, facts, precision).of(tokens), "training"
-        ),
+        MemoryPart("activations of a training pass", activations, "training"),
     ]
     if plan.schedule is Schedule.PRECOMPUTED:
         scoring = scoring_pass(facts, precision).of(token_budget)
         parts.append(MemoryPart("activations of a scoring pass", scoring, "scoring"))
     held = (_policy_line(cfg, facts, precision), _reference_line(cfg, facts, plan, precision))
-    return MemoryEstimate(tuple(part for part in parts if part.bytes), token_budget, held)
+    return MemoryEstimate(tuple(part for part in parts if part.bytes), token_budget, held, longest)
 
 
 def auto_token_budget(available_bytes: int, facts: Facts, cfg: RunConfig, *, gpu: bool | None = None) -> int:
@@ -144,6 +156,15 @@ def longest_group(cfg: RunConfig) -> int:
     if cfg.method is None:
         return sequence_len * 2
     return sequence_len * ((cfg.method.num_completions or 2) if cfg.method.paired else 1)
+
+
+def _beside_gradients(activations: int, gradients: int, *, first: int) -> int:
+    """What activations add to gradients where a step is one pass.
+
+    Gradients come as the backward frees activations, the head's (`first`) before any of the layers'. So the
+    peak is the larger of all activations with the head's gradient, and all gradients.
+    """
+    return max(activations + first - gradients, 0)
 
 
 def _reference_parts(

@@ -23,6 +23,8 @@ from fiducial.model.adapters import POLICY_ADAPTER, REFERENCE_ADAPTER, renamed
 from fiducial.reference.kinds import Sync
 
 STATE_FILE = "reference_state.safetensors"
+MOVED_FOLDER = "moved_reference"
+"""Below the output folder: where a synced reference stood at the end."""
 
 
 class Follower(Protocol):
@@ -132,6 +134,16 @@ def save_follower(follower: Follower, folder: Path) -> None:
     aside.replace(folder / STATE_FILE)
 
 
+def load_moved(follower: Follower, folder: Path) -> None:
+    """Put back where the reference stood when a checkpoint, or the output folder of a run, was written.
+
+    Raises:
+        TrainingError: the folder does not hold it, or not of this run's model.
+    """
+    at_end = folder / MOVED_FOLDER
+    load_follower(follower, at_end if (at_end / STATE_FILE).is_file() else folder)
+
+
 def load_follower(follower: Follower, folder: Path) -> None:
     """Put the weights back that `save_follower` kept.
 
@@ -144,5 +156,5 @@ def load_follower(follower: Follower, folder: Path) -> None:
     except (OSError, KeyError, RuntimeError, SafetensorError) as error:
         raise TrainingError(
             f"{path} does not hold the reference this run had moved to ({error}). Without it the run cannot "
-            "be resumed exactly; resume from another checkpoint, or start again."
+            "be resumed or evaluated exactly; name another checkpoint, or start again."
         ) from error

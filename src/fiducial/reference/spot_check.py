@@ -18,7 +18,7 @@ from fiducial.reference.cache.passes import Groups
 from fiducial.reference.cache.processes import from_first
 from fiducial.reference.cache.scoring import ScoringReference
 from fiducial.reference.cache.store import LogpStore
-from fiducial.reference.verify import ALLOWANCE, NOISE_FACTOR
+from fiducial.reference.noise import ALLOWANCE, NOISE_FACTOR
 
 GROUPS_CHECKED = 4
 

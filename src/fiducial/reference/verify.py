@@ -1,29 +1,22 @@
-"""Is the reference really the reference? Measured on real groups, before step 1 and after the last one.
+"""Is the reference really the reference? Measured on real groups: before step 1, after each move, at the end.
 
-What may differ is what the hardware rounds: the noise of scoring the same tokens in another batch shape,
-with a small allowance by dtype for shapes that happen not to round. Anything larger means another reference.
+What may differ is what the hardware rounds (`noise.py`). Anything larger means another reference.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from fiducial.data.batch import PackedBatch
-from fiducial.data.tokenize import TokenizedGroup
 from fiducial.errors import PlanError, TrainingError
 from fiducial.model.adapters import POLICY_ADAPTER, base_name
 from fiducial.model.scoring import Scorer
-from fiducial.reference.sources import AdapterOff, InitialPolicy, Precomputed, Reference, SeparateModel
-
-Groups = Sequence[TokenizedGroup]
-
-NOISE_FACTOR = 4
-"""The largest of a few hundred roundings seen twice rarely differs by more than twice."""
-ALLOWANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2, torch.float64: 1e-9}
-"""Nats a token may differ in each dtype even where no noise was seen."""
+from fiducial.reference.log_ratio import LogRatios, spread
+from fiducial.reference.noise import Groups, NoiseFloor, logps_of, measure_noise, same_arithmetic
+from fiducial.reference.sources import AdapterOff, Precomputed, Reference, SeparateModel
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,12 +25,34 @@ class Proof:
 
     max_difference: float
     mean_difference: float
-    noise_floor: float
-    """Largest change of the policy's own log-probs with the shape of the batch."""
+    log_ratios: LogRatios
+    noise: NoiseFloor
     tolerance: float
+    """What can be rounding."""
     num_tokens: int
+    num_sequences: int
     reference_logps: Float[Tensor, " scored"]
-    """What the reference answered, to see at the end whether it has moved."""
+    """What the reference answered, to see later whether it has moved."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The figures as plain values."""
+        return {
+            "max_difference": self.max_difference,
+            "mean_difference": self.mean_difference,
+            "log_ratio": asdict(self.log_ratios),
+            "noise_floor": self.noise.nats,
+            "dtype": str(self.noise.dtype).removeprefix("torch."),
+            "tolerance": self.tolerance,
+            "num_tokens": self.num_tokens,
+            "num_sequences": self.num_sequences,
+        }
+
+    def sentence(self, when: str = "Before step 1") -> str:
+        """What was measured, for people."""
+        return (
+            f"{when} policy and reference differed by at most {self.max_difference:.2g} nats a token on "
+            f"{self.num_tokens} tokens (up to {self.tolerance:.1g} is rounding)."
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,17 +85,27 @@ def prove_reference(
     *,
     expected_equal: bool,
     when: str = "before the first step",
+    pass_tokens: int = 0,
+    known_noise: float = 0.0,
 ) -> Proof:
     """Measure the difference between policy and reference on `groups`.
 
-    `expected_equal` where the reference is the policy of this moment: before the first step its start.
+    Args:
+        policy: Scores the policy.
+        reference: What is compared with it.
+        groups: Real groups.
+        expected_equal: Whether the reference is the policy of this moment: before the first step its start.
+        when: The moment, for errors.
+        pass_tokens: Tokens of a full pass, whose noise is measured too.
+        known_noise: Rounding that was seen elsewhere: in records scored again, or in an earlier proof.
 
     Raises:
         TrainingError: They differ by more than noise though they should be equal, or one is not finite.
     """
     batch = policy.pack(groups)
-    policy_logps, noise = _noise(policy, groups, batch)
-    reference_logps = _logps(reference, batch)
+    policy_logps, noise = measure_noise(policy, groups, batch, pass_tokens=pass_tokens)
+    noise = NoiseFloor(max(noise.nats, known_noise), noise.dtype)
+    reference_logps = logps_of(reference, batch)
     difference = (policy_logps - reference_logps).abs()
     for name, logps in {"policy": policy_logps, "reference": reference_logps}.items():
         if not logps.isfinite().all():
@@ -88,9 +113,11 @@ def prove_reference(
     proof = Proof(
         max_difference=difference.max().item(),
         mean_difference=difference.mean().item(),
-        noise_floor=noise,
-        tolerance=_tolerance(policy, noise),
+        log_ratios=spread(policy_logps, reference_logps, batch.sequence.cpu()),
+        noise=noise,
+        tolerance=noise.tolerance(same_arithmetic=same_arithmetic(policy, reference)),
         num_tokens=len(difference),
+        num_sequences=batch.num_sequences,
         reference_logps=reference_logps,
     )
     if expected_equal and proof.max_difference > proof.tolerance:
@@ -108,7 +135,7 @@ def check_unmoved(proof: Proof, policy: Scorer, reference: Reference, groups: Gr
     Raises:
         TrainingError: It has moved: what was trained was not compared with the starting policy.
     """
-    moved = (_logps(reference, policy.pack(groups)) - proof.reference_logps).abs().max().item()
+    moved = (logps_of(reference, policy.pack(groups)) - proof.reference_logps).abs().max().item()
     if not moved <= proof.tolerance:
         raise TrainingError(
             f"the reference has moved while training, by up to {moved:.3g} nats a token. Something trained "
@@ -125,9 +152,9 @@ def probe_adapter(scorer: Scorer, groups: Groups) -> AdapterProbe:
     parameters are what they were, to the bit.
     """
     batch = scorer.pack(groups)
-    on, noise = _noise(scorer, groups, batch)
+    on, noise = measure_noise(scorer, groups, batch)
     off = AdapterOff(scorer)
-    before = _logps(off, batch)
+    before = logps_of(off, batch)
     trained = [parameter for parameter in scorer.model.parameters() if parameter.requires_grad]
     originals = [parameter.detach().clone() for parameter in trained]
     generator = torch.Generator().manual_seed(0)
@@ -135,7 +162,7 @@ def probe_adapter(scorer: Scorer, groups: Groups) -> AdapterProbe:
         for parameter in trained:
             noisy = torch.randn(parameter.shape, generator=generator)
             parameter.data.add_(noisy.to(parameter.device, parameter.dtype), alpha=0.1)
-        after = _logps(off, batch)
+        after = logps_of(off, batch)
     finally:
         for parameter, original in zip(trained, originals, strict=True):
             parameter.data.copy_(original)
@@ -143,7 +170,7 @@ def probe_adapter(scorer: Scorer, groups: Groups) -> AdapterProbe:
         on_off_difference=(on - before).abs().max().item(),
         off_movement=(after - before).abs().max().item(),
         trained_outside=_trained_outside_adapter(scorer.model),
-        tolerance=_tolerance(scorer, noise),
+        tolerance=noise.tolerance(same_arithmetic=same_arithmetic(scorer, off)),
     )
 
 
@@ -171,26 +198,8 @@ def require_adapter_off(scorer: Scorer, groups: Groups) -> AdapterProbe:
     return probe
 
 
-def _noise(scorer: Scorer, groups: Groups, batch: PackedBatch) -> tuple[Float[Tensor, " scored"], float]:
-    """The policy's log-probs of the batch, and how much they change when each group is scored alone."""
-    policy = InitialPolicy(scorer)
-    together = _logps(policy, batch)
-    alone = torch.cat([_logps(policy, scorer.pack([group])) for group in groups])
-    return together, (together - alone).abs().max().item()
-
-
-def _logps(reference: Reference, batch: PackedBatch) -> Float[Tensor, " scored"]:
-    logps = reference.token_logps(batch)
-    assert logps is not None, "there is no reference to verify"
-    return logps.values.detach().float().cpu()
-
-
-def _tolerance(scorer: Scorer, noise: float) -> float:
-    return max(NOISE_FACTOR * noise, ALLOWANCE[scorer.autocast or scorer.model.dtype])
-
-
 def _likely_reason(policy: Scorer, reference: Reference, batch: PackedBatch) -> str:
-    if not torch.equal(_logps(reference, batch), _logps(reference, batch)):
+    if not torch.equal(logps_of(reference, batch), logps_of(reference, batch)):
         return "The reference answers differently each time: dropout is on while it is scored."
     match reference:
         case SeparateModel(scorer=second):

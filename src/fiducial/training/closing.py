@@ -23,12 +23,12 @@ def first_and_last(history: Sequence[Mapping[str, Any]]) -> dict[str, tuple[floa
     return seen
 
 
-def closing_table(history: Sequence[Mapping[str, Any]], memory: Mapping[str, Any], *, unit: str) -> Table:
-    """Held-out metrics where there are any, else those of training; then speed and memory.
+def closing_table(history: Sequence[Mapping[str, Any]], record: Mapping[str, Any], *, unit: str) -> Table:
+    """Held-out metrics where there are any, else those of training; the reference; then time and memory.
 
     Args:
         history: everything that was logged.
-        memory: predicted and measured peak, in bytes.
+        record: what plan.json holds.
         unit: what the method learns from one of, such as a pair.
     """
     values = first_and_last(history)
@@ -41,13 +41,45 @@ def closing_table(history: Sequence[Mapping[str, Any]], memory: Mapping[str, Any
         if prefix + name in values:
             first, last = values[prefix + name]
             table.add_row(words, _number(name, first), _number(name, last))
+    if record["proof"]:
+        table.add_section()
+        for words, value in _reference_rows(record["proof"]):
+            table.add_row(words, "", value)
     table.add_section()
     speeds = [log["pairs_per_second"] for log in history if "pairs_per_second" in log]
     if speeds:
         table.add_row(f"{unit}s a second", "", f"{sorted(speeds)[len(speeds) // 2]:.3g}")
-    table.add_row("peak memory, predicted", "", _gigabytes(memory["peak_bytes"]))
-    table.add_row("peak memory, measured", "", _gigabytes(memory["measured_peak_bytes"]))
+    predicted, measured = record["predicted"], record["measured"]
+    for words, name, show in (
+        ("time that scoring takes", "scoring_share", _percent),
+        ("peak memory", "peak_bytes", _gigabytes),
+    ):
+        table.add_row(f"{words}, predicted", "", show(predicted[name]))
+        table.add_row(f"{words}, measured", "", show(measured[name]))
     return table
+
+
+def _reference_rows(proof: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What was measured of the reference: before step 1, and whether it stayed."""
+    spread = proof["log_ratio"]["per_token"]
+    rows = [
+        (
+            "policy − reference before step 1, a token",
+            " ".join(f"{spread[name]:.1e}" for name in ("min", "median", "max")),
+        ),
+        ("noise of other batch shapes", f"{proof['noise_floor']:.1e}, equal up to {proof['tolerance']:.1e}"),
+    ]
+    if moves := proof.get("moves"):
+        rows.append(
+            ("reference moved to the policy", f"{len(moves)} times, last at step {moves[-1]['step']}")
+        )
+    moved = proof["moved_while_training"]
+    rows.append(("reference moved by itself", "no" if moved == 0 else f"by rounding, {moved:.1e}"))
+    return rows
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}"
 
 
 def _number(name: str, value: float) -> str:

@@ -17,11 +17,13 @@ Names are those the dashboards of other preference trainers already know.
     lengths/chosen, /rejected   tokens of the completion
 """
 
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import psutil
 import torch
@@ -169,7 +171,26 @@ def peak_memory(device: torch.device) -> int:
     memory = psutil.Process().memory_info()
     if (windows := getattr(memory, "peak_wset", None)) is not None:
         return int(windows)
+    if (linux := _high_water_mark()) is not None:
+        return linux
     import resource  # not there on Windows
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def resident_memory(device: torch.device) -> int:
+    """Bytes this process holds now: allocated on a CUDA device, resident elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)
+
+
+def _high_water_mark() -> int | None:
+    """Linux's own figure for this program; `getrusage` also counts what ran in the process before it."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return None
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    return None if found is None else int(found[1]) * 1024

@@ -10,6 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from fiducial.data.tokenize import TokenizedGroup
 from fiducial.model.scoring import Scorer
 from fiducial.reference.kinds import Sync
+from fiducial.reference.log_ratio import LogRatios
 from fiducial.reference.moving import Follower, load_follower, save_follower
 from fiducial.reference.sources import Reference
 from fiducial.reference.verify import Proof, check_unmoved, prove_reference
@@ -24,6 +25,9 @@ class Move:
     """How far the reference had strayed since the move before: nothing but a move may change it."""
     distance_to_policy: float
     """Largest difference left; rounding alone after an exact copy."""
+    noise_floor: float
+    log_ratio: LogRatios
+    """Of the policy to the reference, right after the move."""
 
 
 class ReferenceSync(TrainerCallback):
@@ -55,7 +59,10 @@ class ReferenceSync(TrainerCallback):
             strayed = check_unmoved(self.proof, self.policy, self.reference, self.groups)
             self.follower.move()
             self._prove(f"after the move at step {state.global_step}", equal=self.sync.copies)
-            self.moves.append(Move(state.global_step, strayed, self.proof.max_difference))
+            proof = self.proof
+            self.moves.append(
+                Move(state.global_step, strayed, proof.max_difference, proof.noise.nats, proof.log_ratios)
+            )
 
     def resume(self, checkpoint: Path) -> None:
         """Put the reference back to where it was when `checkpoint` was saved."""
@@ -72,5 +79,10 @@ class ReferenceSync(TrainerCallback):
 
     def _prove(self, when: str, *, equal: bool) -> None:
         self.proof = prove_reference(
-            self.policy, self.reference, self.groups, expected_equal=equal, when=when
+            self.policy,
+            self.reference,
+            self.groups,
+            expected_equal=equal,
+            when=when,
+            known_noise=self.proof.noise.nats,
         )

@@ -334,6 +334,33 @@ def test_the_longest_group_has_the_completions_that_the_loss_compares() -> None:
     assert longest_group(RunConfig(model=model, method=TPOConfig(), data=data)) == 300
 
 
+def test_gradients_take_over_what_one_pass_frees(checkpoints: dict[str, Path]) -> None:
+    cfg = run_config(checkpoints["llama"])  # one group a step: one pass
+    facts = gather_facts(cfg)
+    whole = training_pass(cfg, facts, held_precision(cfg, gpu=False)).of(4096)
+    one_pass = estimate(cfg, 4096)
+    head = 4 * facts.model.sizes.vocab_size * facts.model.sizes.hidden
+    assert part(one_pass, "gradients") + part(one_pass, "activations of a training") == whole + head
+    two_groups = cfg.model_copy(update={"optimization": OptimizationConfig(micro_batch_size=2)})
+    assert part(estimate(two_groups, 4096), "activations of a training") == whole
+    few_tokens = estimate_memory(cfg, facts, plan_reference(cfg, facts), 8, gpu=False, longest=8)
+    assert part(few_tokens, "activations of a training") == 0  # the gradients are the larger
+
+
+def test_known_data_says_how_long_a_pass_is(checkpoints: dict[str, Path]) -> None:
+    cfg = run_config(checkpoints["llama"]).model_copy(
+        update={"optimization": OptimizationConfig(micro_batch_size=64)}
+    )
+    facts = gather_facts(cfg)
+    plan = plan_reference(cfg, facts)
+    allowed, known = (
+        estimate_memory(cfg, facts, plan, 1024, gpu=False, longest=longest) for longest in (None, 200)
+    )
+    passes = training_pass(cfg, facts, held_precision(cfg, gpu=False))
+    assert part(allowed, "activations of a training") == passes.of(4096)
+    assert part(known, "activations of a training") == passes.of(1024)
+
+
 def test_a_pass_holds_no_more_than_a_step(checkpoints: dict[str, Path]) -> None:
     cfg = run_config(checkpoints["llama"])
     assert part(estimate(cfg, 4096), "activations of a training") == part(

@@ -1,3 +1,4 @@
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from fiducial.logps import TokenLogps
 from fiducial.model.adapters import freeze_copy, new_adapter
 from fiducial.model.loader import unfreeze
 from fiducial.model.scoring import Scorer
+from fiducial.reference.noise import measure_noise, same_arithmetic
 from fiducial.reference.sources import AdapterOff, FrozenAdapter, InitialPolicy, Reference, SeparateModel
 from fiducial.reference.verify import check_unmoved, probe_adapter, prove_reference, require_adapter_off
 from tiny import random_groups, tiny_model
@@ -54,7 +56,78 @@ def test_an_equal_copy_is_proved(held: torch.dtype) -> None:
     proof = prove_reference(policy, SeparateModel(second), GROUPS, expected_equal=True)
     assert proof.max_difference == 0
     assert proof.num_tokens == sum(len(part) for group in GROUPS for part in group.completions)
-    assert proof.noise_floor <= proof.tolerance
+    assert proof.noise.dtype == held
+    assert proof.noise.nats <= proof.tolerance
+
+
+def test_the_step_0_distribution_is_that_of_the_log_ratios() -> None:
+    policy, reference = other_weights()
+    proof = prove_reference(policy, reference, GROUPS, expected_equal=False)
+    batch = policy.pack(GROUPS)
+    tokens = [
+        each.token_logps(batch).values.double()  # type: ignore[union-attr]  # there is a reference
+        for each in (InitialPolicy(policy), reference)
+    ]
+    ratios = tokens[0] - tokens[1]
+    sums = [ratios[batch.sequence == number].sum().item() for number in range(batch.num_sequences)]
+    per_token, per_sequence = proof.log_ratios.per_token, proof.log_ratios.per_sequence
+    assert per_token["min"] == pytest.approx(ratios.min().item(), abs=1e-6)
+    assert per_token["median"] == pytest.approx(ratios.quantile(0.5).item(), abs=1e-6)
+    assert per_sequence["max"] == pytest.approx(max(sums), abs=1e-5)
+    assert per_sequence["median"] == pytest.approx(statistics.median(sums), abs=1e-5)
+    assert proof.num_sequences == len(sums)
+    assert max(abs(per_token["min"]), per_token["max"]) == pytest.approx(proof.max_difference, abs=1e-6)
+
+
+@dataclass
+class Off:
+    """A reference that answers by `nats` more on one token."""
+
+    policy: Scorer
+    nats: float
+
+    def token_logps(self, batch: PackedBatch) -> TokenLogps:
+        logps = InitialPolicy(self.policy).token_logps(batch)
+        logps.values[3] += self.nats
+        return logps
+
+
+@pytest.mark.parametrize(("held", "nats"), [(torch.float32, 5e-5), (torch.bfloat16, 1e-2)])
+def test_the_measured_noise_decides_what_is_equal(held: torch.dtype, nats: float) -> None:
+    policy = padded(tiny_model().to(held))
+    proof = prove_reference(policy, Off(policy, 0.0), GROUPS, expected_equal=True, pass_tokens=4096)
+    assert 0 < proof.tolerance < nats / 2
+    with pytest.raises(TrainingError, match="differ by up to"):
+        prove_reference(policy, Off(policy, nats), GROUPS, expected_equal=True)
+    # What was seen to round more elsewhere may differ more here.
+    prove_reference(policy, Off(policy, nats), GROUPS, expected_equal=True, known_noise=nats)
+
+
+def test_the_noise_is_that_of_other_batch_shapes() -> None:
+    policy = padded(tiny_model())
+
+    class DependsOnShape(Scorer):
+        def __call__(self, batch: PackedBatch, *args: object, **kwargs: object) -> TokenLogps:
+            logps = super().__call__(batch)
+            logps.values.add_(1e-6 * batch.num_sequences)
+            return logps
+
+    shaped = DependsOnShape(policy.model, layout="padded")
+    batch = shaped.pack(GROUPS)
+    _, few = measure_noise(shaped, GROUPS, batch)
+    _, many = measure_noise(shaped, GROUPS, batch, pass_tokens=6 * batch.input_ids.numel())
+    assert few.nats == pytest.approx(6e-6, abs=3e-6)  # 8 sequences against 2
+    assert many.nats == pytest.approx(40e-6, abs=3e-6)  # 8 sequences against 48
+    assert many.tolerance(same_arithmetic=True) == pytest.approx(4 * many.nats)
+
+
+def test_another_way_of_computing_the_same_is_allowed_its_own_rounding() -> None:
+    plain, dora = adapted(), adapted(use_dora=True)
+    assert same_arithmetic(plain, AdapterOff(plain))
+    assert not same_arithmetic(dora, AdapterOff(dora))
+    assert same_arithmetic(plain, FrozenAdapter(plain))
+    assert not same_arithmetic(plain, SeparateModel(padded(tiny_model())))
+    assert same_arithmetic(padded(tiny_model()), SeparateModel(padded(tiny_model())))
 
 
 def other_weights() -> tuple[Scorer, Reference]:

@@ -1,0 +1,52 @@
+"""Keeps a run's record (`run.json`) in its output folder and in each of its checkpoints."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+
+from fiducial.config.schema import RunConfig
+from fiducial.data.tokenize import TokenizedGroup
+from fiducial.model.precision import resolve_precision
+from fiducial.prepare import Policy, ProvedReference, Run
+from fiducial.reference.verify import Proof
+from fiducial.run_record import Answers, RunRecord
+
+
+class RecordKeeper(TrainerCallback):
+    """Puts the record into every checkpoint, so that one that is moved away still knows its reference."""
+
+    def __init__(self, record: RunRecord, moved: Callable[[], Answers | None]) -> None:
+        self.record = record
+        self.moved = moved
+        """What a synced reference answers since its last move."""
+
+    def save_files(self, folder: Path) -> None:
+        """Write the record as it stands at this moment."""
+        self.record.with_moved(self.moved()).write(folder)
+
+
+def record_of(run: Run, policy: Policy, judged: ProvedReference) -> RunRecord:
+    """What is known of the run before step 1."""
+    start = None if judged.proof is None else answers(judged.proof, judged.groups)
+    reference = None if judged.identity is None else judged.identity.as_dict()
+    return RunRecord(_decided(run.cfg, policy), run.settings, reference, start)
+
+
+def answers(proof: Proof, groups: Sequence[TokenizedGroup]) -> Answers:
+    """What the reference of a proof answered on its groups, by content key."""
+    keys = [key for group in groups for key in group.keys]
+    lengths = [len(completion) for group in groups for completion in group.completions]
+    logps = tuple(tuple(part.tolist()) for part in torch.split(proof.reference_logps, lengths))
+    return Answers(tuple(keys), logps, proof.tolerance)
+
+
+def _decided(cfg: RunConfig, policy: Policy) -> RunConfig:
+    """The configuration with the precision that `auto` came to on this machine."""
+    precision = resolve_precision(cfg, policy.model.device)
+    names = {
+        "dtype": str(precision.weights).removeprefix("torch."),
+        "autocast": None if precision.autocast is None else str(precision.autocast).removeprefix("torch."),
+    }
+    return cfg.model_copy(update={"model": cfg.model.model_copy(update=names)})

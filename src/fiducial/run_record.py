@@ -1,0 +1,170 @@
+"""What a run leaves in its folder so that its reference can be found again: `run.json`. Imports no torch.
+
+It holds the run's settings, its configuration with everything decided that depended on the machine, the
+identity of its reference, and what that answered on a few groups. The groups themselves are not in it, only
+the keys of their content: a trained model's folder is passed on, and rows are not the folder's to give.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from fiducial._version import VERSION
+from fiducial.config.schema import RunConfig
+from fiducial.errors import ConfigError, ModelError
+from fiducial.reference.differences import changes
+
+RECORD_FILE = "run.json"
+FORMAT = 1
+"""Raised when the file is written another way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """Log-probs of a reference on a few groups."""
+
+    keys: tuple[str, ...]
+    """Content keys of the completions, group after group."""
+    logps: tuple[tuple[float, ...], ...]
+    """Of every token of each completion, in nats."""
+    tolerance: float
+    """What could be rounding when they were scored."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """A run, and the reference it was compared with."""
+
+    run: RunConfig
+    settings: Mapping[str, Any] | None
+    """The run in the keys of the YAML dialect; None where it was started from Python with a `RunConfig`."""
+    reference: Mapping[str, Any] | None
+    """The identity of the reference before step 1; None where the loss has none."""
+    start: Answers | None
+    moved: Answers | None = None
+    """Of a synced reference, after its last move."""
+    version: str = VERSION
+
+    def with_moved(self, answers: Answers | None) -> "RunRecord":
+        """The record of a reference that has moved on."""
+        return replace(self, moved=answers)
+
+    def write(self, folder: Path) -> None:
+        """Keep the record in `folder`; a reader sees the old one or the new one, never half of one."""
+        folder.mkdir(parents=True, exist_ok=True)
+        aside = folder / f".{RECORD_FILE}.part"
+        aside.write_text(json.dumps(self._as_dict(), indent=1, default=str) + "\n", encoding="utf-8")
+        aside.replace(folder / RECORD_FILE)
+
+    def _as_dict(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "version": self.version,
+            "settings": self.settings,
+            "run": self.run.model_dump(mode="json"),
+            "reference": self.reference,
+            "start": _plain(self.start),
+            "moved": _plain(self.moved),
+        }
+
+
+def read_record(folder: Path) -> RunRecord:
+    """The record of the run that wrote `folder`, its output folder or one of its checkpoints.
+
+    Raises:
+        ConfigError: there is none, or it is damaged.
+    """
+    found = find_record(folder)
+    if found is None:
+        raise ConfigError(_no_record(folder))
+    return found
+
+
+def find_record(folder: Path) -> RunRecord | None:
+    """As `read_record`, but None where there is none."""
+    for place in (folder, folder.parent):
+        path = place / RECORD_FILE
+        if path.is_file():
+            return _read(path)
+        if not folder.name.startswith("checkpoint-"):
+            break
+    return None
+
+
+def require_same_reference(record: RunRecord, now: Mapping[str, Any]) -> tuple[str, ...]:
+    """What is computed in another way than when the run started, a phrase each.
+
+    `now` is the identity of the reference as it is loaded today.
+
+    Raises:
+        ModelError: it is another policy now.
+    """
+    if record.reference is None:
+        return ()
+    found = changes(record.reference, now)
+    if found.another:
+        raise ModelError(
+            f"{now['checkpoint']} is not the reference this run was started with: "
+            f"{'; '.join(found.another)}. What was trained was compared with other weights. Put the old ones "
+            "back (base_model, revision, lora_model_dir), or start the run anew in another output_dir."
+        )
+    return found.computed
+
+
+def _read(path: Path) -> RunRecord:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["format"] != FORMAT:
+            raise ConfigError(
+                f"{path} has format {found['format']}, of Fiducial {found['version']}; this is {VERSION}, "
+                f"which reads format {FORMAT}. Use the version that wrote it."
+            )
+        return RunRecord(
+            run=RunConfig.model_validate(found["run"]),
+            settings=found["settings"],
+            reference=found["reference"],
+            start=_answers(found["start"]),
+            moved=_answers(found["moved"]),
+            version=found["version"],
+        )
+    except (ValueError, KeyError, TypeError, ValidationError) as error:
+        raise ConfigError(
+            f"{path} is damaged or was not written by Fiducial ({type(error).__name__}). Name the run's YAML "
+            "file instead."
+        ) from error
+
+
+def _no_record(folder: Path) -> str:
+    if not folder.exists():
+        return (
+            f"{folder} does not exist; name a run's YAML file, its output folder, or one of its checkpoints."
+        )
+    inside = sorted(path.parent.name for path in folder.glob(f"*/{RECORD_FILE}"))
+    if inside:
+        return f"{folder} is no run's folder, but holds {', '.join(inside[:3])}; name one of those."
+    return (
+        f"{folder} holds no {RECORD_FILE}, so no run of Fiducial began there. Name the run's YAML file, its "
+        "output folder, or one of its checkpoints."
+    )
+
+
+def _plain(answers: Answers | None) -> dict[str, Any] | None:
+    if answers is None:
+        return None
+    return {
+        "keys": list(answers.keys),
+        "logps": [list(values) for values in answers.logps],
+        "tolerance": answers.tolerance,
+    }
+
+
+def _answers(found: Mapping[str, Any] | None) -> Answers | None:
+    if found is None:
+        return None
+    rows: Sequence[Sequence[float]] = found["logps"]
+    logps = tuple(tuple(float(value) for value in row) for row in rows)
+    return Answers(tuple(found["keys"]), logps, float(found["tolerance"]))

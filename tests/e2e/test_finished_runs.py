@@ -1,0 +1,367 @@
+"""Finished runs: evaluated on any data afterwards, and asked whether their reference is still what it was."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner, Result
+
+from fiducial import cli
+from fiducial.config.load import validate_config
+from fiducial.evaluate import evaluate
+from fiducial.finished import from_folder
+from fiducial.run_record import RECORD_FILE, read_record
+from fiducial.train import TrainResult, train
+from fiducial.verification import verify_finished
+from run_configs import run_config, write_pairs
+from tiny import save_adapter, save_checkpoint
+
+LORA: dict[str, Any] = {"adapter": "lora", "lora_r": 4, "learning_rate": 1e-2}
+SYNCED = {"schedule": "synced", "mixup_alpha": 0.5, "sync_steps": 2}
+KINDS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "full, live": {"reference": {"source": "separate_model", "schedule": "live"}},
+    "lora": LORA,
+    "resumed adapter": LORA | {"lora_r": None, "lora_model_dir": "sft"},
+    "synced": {"reference": SYNCED, "learning_rate": 1e-2},
+    "synced lora": LORA | {"reference": SYNCED | {"mixup_alpha": 1.0}},
+}
+QUIET = Console(quiet=True)
+Fiducial = Callable[..., Result]
+
+
+def settings_of(folder: Path, kind: str) -> dict[str, Any]:
+    settings = run_config(folder, rows=16, val_set_size=4, save_steps=2, **KINDS[kind])
+    if "lora_model_dir" in settings:
+        if not (folder / "sft").exists():
+            save_adapter(folder / "sft", folder / "base-llama")
+        settings["lora_model_dir"] = str(folder / "sft")
+    return settings
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, TrainResult]]:
+    """A trained run of each kind, made once, and its folder."""
+    made: dict[str, tuple[Path, TrainResult]] = {}
+
+    def make(kind: str) -> tuple[Path, TrainResult]:
+        if kind not in made:
+            folder = tmp_path_factory.mktemp("run")
+            made[kind] = folder, train(settings_of(folder, kind), console=QUIET)
+        return made[kind]
+
+    return make
+
+
+@pytest.fixture
+def fiducial_command() -> Fiducial:
+    """Runs the command in this process, on a wide terminal."""
+
+    def run(*arguments: object) -> Result:
+        given = [str(argument) for argument in arguments]
+        return CliRunner(env={"COLUMNS": "250"}).invoke(cli.app, given, catch_exceptions=False)
+
+    return run
+
+
+def copied(folder: Path, target: Path) -> Path:
+    """The run's folder at another place, with paths of its record turned there."""
+    shutil.copytree(folder, target)
+    for path in target.rglob(RECORD_FILE):
+        path.write_text(path.read_text().replace(str(folder), str(target)))
+    return target
+
+
+def change_one_weight(file: Path) -> None:
+    weights = load_file(file)
+    name = next(name for name in sorted(weights) if "lora_A" in name or name.endswith("q_proj.weight"))
+    weights[name][0, 0] += 0.5
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_finished_run_is_evaluated_as_it_was_while_training(
+    kind: str, finished: Callable[[str], tuple[Path, TrainResult]], reference_cache: Path
+) -> None:
+    folder, result = finished(kind)
+    from_settings = evaluate(settings_of(folder, kind), console=QUIET)
+    for name in ("loss", "kl", "rewards/margins", "rewards/accuracies"):
+        assert from_settings[name] == pytest.approx(result.metrics[f"eval_{name}"], rel=1e-4, abs=1e-6), name
+    assert abs(from_settings["kl"]) > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_new_data_is_compared_with_the_starting_policy(
+    kind: str, finished: Callable[[str], tuple[Path, TrainResult]], fiducial_command: Fiducial, tmp_path: Path
+) -> None:
+    folder, result = finished(kind)
+    new = write_pairs(tmp_path / "new.jsonl", 6)
+    done = fiducial_command("evaluate", folder / "out", f"datasets.0.path={new}")
+    assert done.exit_code == 0, done.output
+    assert "on 6 pairs" in done.output
+    shown = re.search(r"kl +│ +(\S+)", done.output)
+    assert shown is not None, done.output
+    expected = log_ratio_by_hand(folder, result, new)
+    assert float(shown[1]) == pytest.approx(expected, rel=2e-3)
+
+
+def log_ratio_by_hand(folder: Path, result: TrainResult, data: Path) -> float:
+    """The mean log-ratio, of models loaded with transformers and PEFT alone."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out, base = folder / "out", folder / "base-llama"
+    tokenizer = AutoTokenizer.from_pretrained(base)
+
+    def model(adapter: Path | None = None, weights: Path | None = None) -> Any:
+        loaded = AutoModelForCausalLM.from_pretrained(base)
+        if weights is not None:
+            loaded.load_state_dict(load_file(weights), strict=False)
+        return loaded if adapter is None else PeftModel.from_pretrained(loaded, adapter)
+
+    kept = out / "moved_reference" / "reference_state.safetensors"
+    if (out / "adapter_config.json").is_file():
+        policy = model(adapter=out)
+        reference = model(adapter=folder / "sft" if (folder / "sft").exists() else None)
+        if kept.exists():
+            reference = model(adapter=out)
+            named = {
+                name.replace(".reference.", ".default."): value for name, value in load_file(kept).items()
+            }
+            assert not reference.load_state_dict(named, strict=False).unexpected_keys
+    else:
+        policy = model(weights=out / "model.safetensors")
+        reference = model(weights=kept if kept.exists() else None)
+
+    def logps(scored: Any, prompt: str, completion: str) -> float:
+        given, answer = (tokenizer(text).input_ids for text in (prompt, completion))
+        answer.append(tokenizer.eos_token_id)
+        with torch.no_grad():
+            logits = scored(torch.tensor([given + answer])).logits[0, len(given) - 1 : -1]
+        return logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).sum().item()
+
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    ratios = [
+        logps(policy, row["prompt"], row[key]) - logps(reference, row["prompt"], row[key])
+        for row in rows
+        for key in ("chosen", "rejected")
+    ]
+    return sum(ratios) / len(ratios)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("place", ["out", "out/checkpoint-2"])
+def test_the_reference_of_a_finished_run_is_still_what_it_was(
+    kind: str,
+    place: str,
+    finished: Callable[[str], tuple[Path, TrainResult]],
+    fiducial_command: Fiducial,
+) -> None:
+    folder, _ = finished(kind)
+    done = fiducial_command("verify", folder / place)
+    assert done.exit_code == 0, done.output
+    assert "the same as when the run started" in done.output
+    assert "as then: " in done.output
+    assert ("moved reference" in done.output) == kind.startswith("synced")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_changed_base_is_named_by_verify_and_refused_by_evaluate(
+    kind: str,
+    finished: Callable[[str], tuple[Path, TrainResult]],
+    fiducial_command: Fiducial,
+    tmp_path: Path,
+) -> None:
+    folder = copied(finished(kind)[0], tmp_path / "copy")
+    change_one_weight(folder / "base-llama" / "model.safetensors")
+    for command in ("verify", "evaluate"):
+        done = fiducial_command(command, folder / "out")
+        assert done.exit_code == 2
+        assert "is not the reference this run was started with" in done.output
+        assert "1 of " in done.output
+        assert "q_proj" in done.output
+
+
+def test_a_changed_adapter_is_named(
+    finished: Callable[[str], tuple[Path, TrainResult]], fiducial_command: Fiducial, tmp_path: Path
+) -> None:
+    folder = copied(finished("resumed adapter")[0], tmp_path / "copy")
+    change_one_weight(folder / "sft" / "adapter_model.safetensors")
+    done = fiducial_command("verify", folder / "out")
+    assert done.exit_code == 2
+    assert "1 of " in done.output
+    assert "lora_A" in done.output
+
+
+def test_a_changed_config_of_the_base_is_named(
+    finished: Callable[[str], tuple[Path, TrainResult]], fiducial_command: Fiducial, tmp_path: Path
+) -> None:
+    folder = copied(finished("full")[0], tmp_path / "copy")
+    config = folder / "base-llama" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rms_norm_eps": 0.5}))
+    done = fiducial_command("verify", folder / "out")
+    assert done.exit_code == 2
+    assert "rms_norm_eps of the config: 1e-06 then, 0.5 now" in done.output
+
+
+def test_a_moved_reference_that_was_tampered_with_is_found(
+    finished: Callable[[str], tuple[Path, TrainResult]], fiducial_command: Fiducial, tmp_path: Path
+) -> None:
+    folder = copied(finished("synced")[0], tmp_path / "copy")
+    change_one_weight(folder / "out" / "moved_reference" / "reference_state.safetensors")
+    done = fiducial_command("verify", folder / "out")
+    assert done.exit_code == 2
+    assert "answers differently" in done.output
+
+
+def test_other_log_probs_from_the_same_weights_are_found(
+    finished: Callable[[str], tuple[Path, TrainResult]], tmp_path: Path, fiducial_command: Fiducial
+) -> None:
+    folder = copied(finished("lora")[0], tmp_path / "copy")
+    path = folder / "out" / RECORD_FILE
+    record = json.loads(path.read_text())
+    record["start"]["logps"][0][0] += 0.01
+    path.write_text(json.dumps(record))
+    done = fiducial_command("verify", folder / "out")
+    assert done.exit_code == 2
+    assert "answers differently" in done.output
+
+
+def test_without_its_data_the_weights_alone_are_compared(
+    finished: Callable[[str], tuple[Path, TrainResult]], tmp_path: Path
+) -> None:
+    folder = copied(finished("full")[0], tmp_path / "copy")
+    (folder / "pairs-16.jsonl").unlink()
+    findings = verify_finished(from_folder(folder / "out"), console=QUIET)
+    assert "the same as when the run started" in findings["weights"]
+    assert "not compared" in findings["log-probs"]
+
+
+def test_the_cached_records_are_looked_at(tmp_path: Path, reference_cache: Path) -> None:
+    train(run_config(tmp_path, rows=8), console=QUIET)
+    findings = verify_finished(from_folder(tmp_path / "out"), console=QUIET)
+    assert "16; " in findings["cached records"]
+    assert "scored again" in findings["cached records"]
+    shutil.rmtree(reference_cache)
+    assert "none" in verify_finished(from_folder(tmp_path / "out"), console=QUIET)["cached records"]
+
+
+def test_verify_proves_a_run_before_it_trains(fiducial_command: Fiducial, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(run_config(tmp_path)))
+    done = fiducial_command("verify", path)
+    assert done.exit_code == 0, done.output
+    assert "loaded bit for bit as in" in done.output
+    assert "equal: at most" in done.output
+    assert "median" in done.output
+    assert not (tmp_path / "out").exists()
+    other = save_checkpoint(tmp_path / "other", seed=1)
+    done = fiducial_command("verify", path, f"reference.model={other}")
+    assert done.exit_code == 0, done.output
+    assert "another policy, as asked" in done.output
+    done = fiducial_command("verify", path, "rl=orpo")
+    assert done.exit_code == 0, done.output
+    assert "nothing to prove" in done.output
+    done = fiducial_command(
+        "verify", path, "adapter=lora", "peft_init_lora_weights=pissa", "reference.source=adapter_off"
+    )
+    assert done.exit_code == 2
+    assert "pissa" in done.output
+
+
+@pytest.mark.parametrize("command", ["verify", "evaluate"])
+def test_what_is_no_run_is_said_to_be_none(
+    command: str,
+    finished: Callable[[str], tuple[Path, TrainResult]],
+    fiducial_command: Fiducial,
+    tmp_path: Path,
+) -> None:
+    folder = finished("full")[0]
+    (tmp_path / "empty").mkdir()
+    cases = {
+        tmp_path / "empty": "holds no run.json",
+        tmp_path / "nowhere": "does not exist",
+        folder: "holds out; name one of those",
+        folder / "base-llama": "holds no run.json",
+    }
+    for target, words in cases.items():
+        done = fiducial_command(command, target)
+        assert done.exit_code == 2, target
+        assert words in done.output
+        assert "Traceback" not in done.output
+
+
+@pytest.mark.parametrize("command", ["verify", "evaluate"])
+def test_a_half_written_checkpoint_is_told(
+    command: str,
+    finished: Callable[[str], tuple[Path, TrainResult]],
+    fiducial_command: Fiducial,
+    tmp_path: Path,
+) -> None:
+    checkpoint = copied(finished("full")[0], tmp_path / "copy") / "out" / "checkpoint-2"
+    weights = (checkpoint / "model.safetensors").read_bytes()
+    (checkpoint / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    done = fiducial_command(command, checkpoint)
+    assert done.exit_code == 2
+    assert "is damaged: it has" in done.output
+    (checkpoint / "trainer_state.json").unlink()
+    done = fiducial_command(command, checkpoint)
+    assert "was cut off while it was written" in done.output
+    (checkpoint / "model.safetensors").unlink()
+    done = fiducial_command(command, checkpoint)
+    assert "holds no trained model" in done.output
+    (checkpoint / RECORD_FILE).write_text("{")
+    done = fiducial_command(command, checkpoint)
+    assert "is damaged or was not written by Fiducial" in done.output
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_another_base_is_refused(
+    kind: str,
+    finished: Callable[[str], tuple[Path, TrainResult]],
+    fiducial_command: Fiducial,
+    tmp_path: Path,
+) -> None:
+    folder = finished(kind)[0]
+    wider = save_checkpoint(tmp_path / "wider", hidden_size=64)
+    for command in ("verify", "evaluate"):
+        done = fiducial_command(command, folder / "out", f"base_model={wider}")
+        assert done.exit_code == 2
+        assert "does not fit base_model" in done.output or "was not trained from base_model" in done.output
+
+
+def test_a_resumed_run_refuses_another_base(tmp_path: Path) -> None:
+    settings = run_config(tmp_path, save_steps=1, max_steps=2)
+    train(settings, console=QUIET)
+    change_one_weight(tmp_path / "base-llama" / "model.safetensors")
+    resumed = settings | {"max_steps": 3, "auto_resume_from_checkpoints": True}
+    with pytest.raises(Exception, match="is not the reference this run was started with"):
+        train(resumed, console=QUIET)
+
+
+def test_the_record_says_what_was_run_and_gives_no_rows_away(
+    finished: Callable[[str], tuple[Path, TrainResult]],
+) -> None:
+    folder, _ = finished("full")
+    record = read_record(folder / "out" / "checkpoint-2")
+    assert record.settings == settings_of(folder, "full")
+    assert record.run.model.dtype == "float32"
+    assert record.run.model.autocast is None
+    assert record.run.method == validate_config(settings_of(folder, "full")).method
+    assert "Question" not in (folder / "out" / RECORD_FILE).read_text()
+
+
+def test_a_record_of_python_takes_no_overrides(tmp_path: Path, fiducial_command: Fiducial) -> None:
+    train(validate_config(run_config(tmp_path, rows=8)), console=QUIET)
+    done = fiducial_command("verify", tmp_path / "out", "seed=2")
+    assert done.exit_code == 2
+    assert "started from Python with a RunConfig" in done.output
+    assert fiducial_command("verify", tmp_path / "out").exit_code == 0

@@ -1,0 +1,147 @@
+"""The record a run leaves: what comes back from it, and what is said of one that is not whole."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fiducial.config.load import load_run, validate_config
+from fiducial.errors import ConfigError, ModelError
+from fiducial.finished import from_config, from_folder
+from fiducial.reference.differences import changes
+from fiducial.run_record import (
+    RECORD_FILE,
+    Answers,
+    RunRecord,
+    find_record,
+    read_record,
+    require_same_reference,
+)
+
+SETTINGS: dict[str, Any] = {
+    "base_model": "base",
+    "rl": "kto",
+    "datasets": [{"path": "pairs.jsonl", "type": "chatml.intel"}],
+    "adapter": "lora",
+    "lora_target_modules": ["q_proj", "v_proj"],
+    "learning_rate": 1e-5,
+}
+IDENTITY: dict[str, Any] = {
+    "checkpoint": "base",
+    "weights": "1",
+    "dtype": "float32",
+    "autocast": "None",
+    "matmul": "ieee",
+    "scoring": 1,
+    "format": 2,
+    "fingerprint": {"tensors": {"a.weight": "x", "b.weight": "y"}, "settings": {"eps": 1.0, "theta": 2}},
+}
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").rglob("*.yaml"))
+
+
+def record(**fields: Any) -> RunRecord:
+    start = Answers(("k1", "k2"), ((-0.1, -0.25), (-1.5,)), 1e-5)
+    given = {"run": validate_config(SETTINGS), "settings": SETTINGS, "reference": IDENTITY, "start": start}
+    return RunRecord(**(given | fields))
+
+
+def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    for written in (
+        record(),
+        record(settings=None, reference=None, start=None),
+        record().with_moved(record().start),
+    ):
+        written.write(tmp_path)
+        assert read_record(tmp_path) == written
+    assert [path.name for path in tmp_path.iterdir()] == [RECORD_FILE]
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
+def test_every_example_survives_the_record(example: Path, tmp_path: Path) -> None:
+    loaded = load_run(example)
+    RunRecord(loaded.config, loaded.settings, None, None).write(tmp_path)
+    found = read_record(tmp_path)
+    assert found.run == loaded.config
+    assert found.settings is not None
+    assert validate_config(found.settings) == loaded.config
+
+
+def test_a_checkpoint_has_its_own_record_or_its_runs(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint-3"
+    checkpoint.mkdir()
+    assert find_record(checkpoint) is None
+    record(settings=None).write(tmp_path)
+    assert read_record(checkpoint).settings is None
+    record().write(checkpoint)
+    assert read_record(checkpoint).settings == SETTINGS
+    other = tmp_path / "other"
+    other.mkdir()
+    assert find_record(other) is None  # a folder beside it is no part of the run
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", '{"format": 1}', '{"format": 1, "run": {"model": {}}, "settings": null}']
+)
+def test_a_damaged_record_is_no_record(content: str, tmp_path: Path) -> None:
+    (tmp_path / RECORD_FILE).write_text(content)
+    with pytest.raises(ConfigError, match="is damaged or was not written by Fiducial"):
+        read_record(tmp_path)
+
+
+def test_a_later_format_is_named(tmp_path: Path) -> None:
+    record().write(tmp_path)
+    path = tmp_path / RECORD_FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99, "version": "9.0"}))
+    with pytest.raises(ConfigError, match=r"format 99, of Fiducial 9\.0"):
+        read_record(tmp_path)
+
+
+def changed(**fields: Any) -> dict[str, Any]:
+    return IDENTITY | fields
+
+
+def test_other_weights_are_another_reference() -> None:
+    assert require_same_reference(record(), IDENTITY) == ()
+    assert require_same_reference(record(reference=None), changed(weights="2")) == ()
+    print_ = IDENTITY["fingerprint"]
+    tensors = changed(weights="2", fingerprint=print_ | {"tensors": {"a.weight": "x", "b.weight": "z"}})
+    with pytest.raises(ModelError, match=r"1 of 2 weights differ \(b.weight\)"):
+        require_same_reference(record(), tensors)
+    gone = changed(weights="2", fingerprint=print_ | {"tensors": {"a.weight": "x"}})
+    with pytest.raises(ModelError, match=r"are only then \(b.weight\)"):
+        require_same_reference(record(), gone)
+    settings = changed(weights="2", fingerprint=print_ | {"settings": {"eps": 0.5, "theta": 2}})
+    with pytest.raises(ModelError, match=r"eps of the config: 1.0 then, 0.5 now"):
+        require_same_reference(record(), settings)
+    with pytest.raises(ModelError, match=r"precision: float32 then, bfloat16 now"):
+        require_same_reference(record(), changed(weights="2", dtype="bfloat16"))
+
+
+def test_another_way_of_computing_the_same_weights_is_only_told() -> None:
+    settings = {"eps": 1.0, "theta": 2, "of_a_later_version": None}
+    now = changed(
+        weights="2", autocast="bfloat16", fingerprint=IDENTITY["fingerprint"] | {"settings": settings}
+    )
+    found = changes(IDENTITY, now)
+    assert found.another == ()
+    assert [phrase.split(":")[0] for phrase in found.computed] == [
+        "the precision of the products (bf16, fp16)",
+        "of_a_later_version of the config is known only now",
+    ]
+    assert require_same_reference(record(), now) == found.computed
+
+
+def test_a_finished_run_keeps_the_precision_that_was_decided_then(tmp_path: Path) -> None:
+    cfg = validate_config(SETTINGS)  # an adapter's base: `auto`, whatever machine reads it
+    assert (cfg.model.dtype, cfg.model.autocast) == ("auto", "auto")
+    decided = cfg.model.model_copy(update={"dtype": "bfloat16", "autocast": "bfloat16"})
+    record(run=cfg.model_copy(update={"model": decided})).write(tmp_path)
+    (tmp_path / "adapter_model.safetensors").touch()
+    found = from_config(cfg, tmp_path)
+    assert (found.cfg.model.dtype, found.cfg.model.autocast) == ("bfloat16", "bfloat16")
+    assert from_folder(tmp_path, ["seed=7"]).cfg == found.cfg.model_copy(
+        update={"optimization": cfg.optimization.model_copy(update={"seed": 7})}
+    )
+    asked = cfg.model_copy(update={"model": cfg.model.model_copy(update={"dtype": "float32"})})
+    assert from_config(asked, tmp_path).cfg.model.dtype == "float32"
