@@ -79,10 +79,14 @@ def _plan(
     def decide() -> tuple[list[Pass], str | None]:
         todo = look_up(groups, store)
         unfinished = Unfinished.of(store, todo, f"{budget} {scorer.layout}")
+        begun = unfinished.resume(todo)
+        # A run that has ended since the records were read took its memory along, and left its records.
+        while todo.parts and begun is None and store.reload():
+            todo = look_up(groups, store)
+            begun = unfinished.resume(todo)
         if not todo.parts:
             unfinished.end()
             return [], None
-        begun = unfinished.resume(todo)
         passes = cut_passes(begun or todo.parts, groups, budget, COSTS[scorer.layout])
         if begun is None:
             unfinished.begin(todo.parts)

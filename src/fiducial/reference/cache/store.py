@@ -161,14 +161,16 @@ class LogpStore:
         """
         self._home.write(name, content)
 
-    def reload(self) -> None:
-        """Read what other processes have written since.
+    def reload(self) -> bool:
+        """Read what other processes have written since; says whether there was anything.
 
         Raises:
             CacheError: The folder cannot be read.
         """
         self._without_stopping(lambda remote: remote.pull(self._home.shared))
+        before = len(self._shards)
         self._read_folders()
+        return len(self._shards) > before
 
     def _read_folders(self) -> None:
         for folder in self._home.folders:
