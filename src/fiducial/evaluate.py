@@ -11,6 +11,7 @@ from transformers.trainer_callback import PrinterCallback
 from fiducial.config.schema import RunConfig
 from fiducial.errors import ConfigError, ModelError
 from fiducial.prepare import build_objective, load_policy, main_console, prove, read_run, score_ahead
+from fiducial.reference.kept import written_at_the_end
 from fiducial.training.arguments import training_arguments
 from fiducial.training.budget import choose_token_budget
 from fiducial.training.checkpoints import SHARDED_WEIGHTS, WHOLE_WEIGHTS
@@ -51,7 +52,8 @@ def evaluate(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.load_weights(folder)
-    found = trainer.evaluate()
+    with written_at_the_end(judged.reference):
+        found = trainer.evaluate()
     metrics = {name: found[f"eval_{name}"] for name in (*METRICS, *ASKED_FOR) if f"eval_{name}" in found}
     run.console.print(
         _table(metrics, f"{folder} on {len(run.data.evaluation)} held-out {run.cfg.method.unit}s")

@@ -36,13 +36,15 @@ from fiducial.reference.cache import LogpStore
 from fiducial.reference.cache.known import remember
 from fiducial.reference.cache.opening import open_store
 from fiducial.reference.facts import Facts, gather_facts
-from fiducial.reference.fill import fill, warn
+from fiducial.reference.fill import fill, tell_checked, warn
 from fiducial.reference.identity import identify
+from fiducial.reference.kept import Kept
 from fiducial.reference.kinds import ReferencePlan, Schedule, Source
 from fiducial.reference.moving import Follower, build_follower
 from fiducial.reference.plan import plan_reference
 from fiducial.reference.setup import setup_reference_model
 from fiducial.reference.sources import NoReference, Reference, build_reference, build_scoring_reference
+from fiducial.reference.spot_check import spot_check
 from fiducial.reference.verify import Proof, prove_reference, require_adapter_off
 from fiducial.training.arguments import world_size
 from fiducial.training.objective import Objective
@@ -85,7 +87,7 @@ class ProvedReference:
     groups: list[TokenizedGroup]
     """The groups it was measured on."""
     proof: Proof | None
-    """None where there is no reference."""
+    """None where there is no reference. Where answers are kept, the reference itself was measured."""
     follower: Follower | None = None
     """What moves the reference, where the plan has it follow the policy."""
 
@@ -147,9 +149,7 @@ def score_ahead(run: Run, policy: Policy, device: torch.device) -> LogpStore | N
         return None
     second = load_second_model(run, device)
     scorer = second or policy.scorer
-    identity = identify(run.plan, scorer)
-    store = open_store(run.cfg, identity, tell=lambda sentence: warn(run.console, sentence))
-    remember(run.cfg, run.plan, identity.digest)
+    store = _open_store(run, scorer)
     reference = build_scoring_reference(run.plan, policy.scorer, second)
     fill(
         store,
@@ -181,6 +181,8 @@ def prove(run: Run, policy: Policy, store: LogpStore | None, device: torch.devic
     if isinstance(reference, NoReference):
         return ProvedReference(reference, groups, None)
     proof = prove_reference(policy.scorer, reference, groups, expected_equal=run.plan.equals_starting_policy)
+    if run.plan.writes_through:
+        reference = _kept(run, policy, reference, second)
     follower = None
     if run.plan.sync is not None:
         follower = build_follower(policy.model, None if second is None else second.model, run.plan.sync)
@@ -213,6 +215,27 @@ def _scorer(run: Run, model: Any, device: torch.device) -> tuple[Scorer, LayoutC
         autocast=autocast,
     )
     return Scorer(model, layout=layout.layout, autocast=autocast), layout
+
+
+def _open_store(run: Run, scorer: Scorer) -> LogpStore:
+    """The records of the reference that `scorer` holds; before step 1, and before weights are sharded."""
+    identity = identify(run.plan, scorer)
+    remember(run.cfg, run.plan, identity.digest)
+    return open_store(run.cfg, identity, tell=lambda sentence: warn(run.console, sentence))
+
+
+def _kept(run: Run, policy: Policy, live: Reference, second: Scorer | None) -> Kept:
+    """`live` behind the cache, whose records it is compared with on the first rows."""
+    scorer = second or policy.scorer
+    store = _open_store(run, scorer)
+    tell_checked(run.console, "streamed", spot_check(run.data.sample, live, scorer, store))
+    return Kept(
+        live,
+        policy.scorer,
+        store,
+        tell=lambda sentence: warn(run.console, sentence),
+        flush_seconds=run.cfg.reference.flush_seconds,
+    )
 
 
 def _datasets(data: PreparedData) -> dict[str, TokenizedDataset]:

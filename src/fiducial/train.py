@@ -31,6 +31,7 @@ from fiducial.prepare import (
     score_ahead,
 )
 from fiducial.reference.describe import plan_report, render_plan
+from fiducial.reference.kept import measured, written_at_the_end
 from fiducial.reference.kinds import ReferencePlan
 from fiducial.reference.memory import estimate_memory
 from fiducial.reference.row_counts import count_data
@@ -101,11 +102,12 @@ def train(cfg: RunConfig | Mapping[str, Any], *, console: Console | None = None)
             trainer.add_callback(sync)
         if sync is not None and resume is not None:
             sync.resume(resume)
-        _train(trainer, resume, run)
-        if sync is not None:
-            judged = replace(judged, proof=sync.proof)
-            record["proof"] |= {"moves": sync.report()}
-        metrics = _finish(trainer, run, policy, judged, record)
+        with written_at_the_end(judged.reference):
+            _train(trainer, resume, run)
+            if sync is not None:
+                judged = replace(judged, proof=sync.proof)
+                record["proof"] |= {"moves": sync.report()}
+            metrics = _finish(trainer, run, policy, judged, record)
     return TrainResult(output_dir, metrics, run.plan, record)
 
 
@@ -219,7 +221,7 @@ def _finish(
     assert run.cfg.method is not None
     output_dir = Path(run.cfg.output.output_dir)
     if judged.proof is not None:
-        moved = check_unmoved(judged.proof, policy.scorer, judged.reference, judged.groups)
+        moved = check_unmoved(judged.proof, policy.scorer, measured(judged.reference), judged.groups)
         record["proof"] |= {"moved_while_training": moved}
     if run.data.evaluation is not None and not _evaluated_as_it_is(trainer):
         close_loggers(trainer)

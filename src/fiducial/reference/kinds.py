@@ -90,6 +90,15 @@ class ReferencePlan:
     sync: Sync | None = None
     """How it moves, where it does."""
 
+    writes_through: bool = False
+    """Whether a live reference's log-probs are kept in the cache: of streamed rows, as they are first seen."""
+
     def __post_init__(self) -> None:
         assert (self.schedule is Schedule.SYNCED) == (self.sync is not None)
         assert self.schedule in VALID[self.source], (self.source, self.schedule)
+        assert self.schedule is Schedule.LIVE or not self.writes_through
+
+    @property
+    def kept(self) -> bool:
+        """Whether its log-probs go into the cache, and are read from there."""
+        return self.writes_through or self.schedule is Schedule.PRECOMPUTED

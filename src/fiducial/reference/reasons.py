@@ -9,6 +9,7 @@ from fiducial.reference.start import (
     resumes_adapter,
     streams,
     why_adapter_off_differs,
+    writes_through,
 )
 
 _HELD = {
@@ -61,8 +62,9 @@ def refusal(cfg: RunConfig, source: Source, schedule: Schedule, objection: str, 
 def remedy(cfg: RunConfig, schedule: Schedule, works: Source | None) -> str:
     """What to write instead; `works` is the automatic choice where that would be right."""
     if schedule is Schedule.PRECOMPUTED and (streams(cfg) or reads_distributions(cfg)):
-        other = "leave it out" if reads_distributions(cfg) else "streaming: false"
-        return f"Write reference.schedule: live, or {other}."
+        if reads_distributions(cfg):
+            return "Write reference.schedule: live, or leave it out."
+        return "Write reference.schedule: auto, which keeps rows as they come, or streaming: false."
     if schedule is Schedule.SYNCED and names_another_policy(cfg):
         return "Remove reference.model, or write reference.schedule: precomputed."
     if works is not None:
@@ -94,8 +96,13 @@ def _identity(cfg: RunConfig, facts: Facts, source: Source) -> str:
 def _moment(cfg: RunConfig, source: Source, schedule: Schedule) -> str:
     if schedule is Schedule.SYNCED:
         return f"It is scored at every step and moves towards the policy; {_HELD[source]}."
+    if schedule is Schedule.LIVE and writes_through(cfg):
+        return (
+            "A streamed row cannot be scored ahead: it is scored when it is first seen, and read from the "
+            f"cache from then on; {_HELD[source]}."
+        )
     if schedule is Schedule.LIVE:
-        cause = "streaming rows cannot be scored ahead" if streams(cfg) else "as a live reference"
+        cause = "as a live reference"
         if reads_distributions(cfg):
             cause = "the loss reads its probability of every token, which is too much to keep"
         return f"It is scored at every step ({cause}); {_HELD[source]}."

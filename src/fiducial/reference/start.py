@@ -42,6 +42,14 @@ def reads_distributions(cfg: RunConfig) -> bool:
     return cfg.method is not None and cfg.method.needs_distribution
 
 
+def writes_through(cfg: RunConfig) -> bool:
+    """Whether a live reference's log-probs are kept, and its rows scored once.
+
+    Streamed rows are, unless the user writes `schedule: live`: then they are scored at every step.
+    """
+    return streams(cfg) and cfg.reference.schedule == "auto" and not reads_distributions(cfg)
+
+
 def names_another_policy(cfg: RunConfig) -> bool:
     """Whether the user asked to compare with something other than the policy the run starts from."""
     asked = cfg.reference

@@ -153,6 +153,10 @@ class LogpStore:
         self._pending.clear()
         self._without_stopping(lambda remote: remote.push(self._home.shared, name))
 
+    def forget_unwritten(self) -> None:
+        """Drop what `flush` has not written: it is scored again where it is asked for."""
+        self._pending.clear()
+
     def write(self, name: str, content: bytes | memoryview) -> None:
         """Write a file beside the records, wherever this run may write.
 
