@@ -181,7 +181,7 @@ def prove(run: Run, policy: Policy, store: LogpStore | None, device: torch.devic
     if isinstance(reference, NoReference):
         return ProvedReference(reference, groups, None)
     proof = prove_reference(policy.scorer, reference, groups, expected_equal=run.plan.equals_starting_policy)
-    if run.plan.writes_through:
+    if run.plan.kept and not run.precomputes:
         reference = _kept(run, policy, reference, second)
     follower = None
     if run.plan.sync is not None:

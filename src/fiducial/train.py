@@ -19,6 +19,7 @@ from fiducial.config.load import validate_config
 from fiducial.config.schema import RunConfig
 from fiducial.model.adapters import REFERENCE_ADAPTER
 from fiducial.model_card import write_model_card
+from fiducial.moving_run import let_it_move
 from fiducial.prepare import (
     Policy,
     ProvedReference,
@@ -51,7 +52,6 @@ from fiducial.training.closing import closing_table, first_and_last
 from fiducial.training.loggers import close_loggers, reporting, require_loggers
 from fiducial.training.metrics import peak_memory
 from fiducial.training.progress import ProgressBar
-from fiducial.training.reference_sync import ReferenceSync
 from fiducial.training.trainer import PreferenceTrainer, TrainingData
 
 __all__ = ["TrainResult", "preprocess", "setup_reference_model", "train"]
@@ -96,18 +96,19 @@ def train(cfg: RunConfig | Mapping[str, Any], *, console: Console | None = None)
         judged = prove(run, policy, store, args.device)
         _tell(run, policy, judged, record)
         _write_record(output_dir, record)
+        moving = let_it_move(run, policy, judged)
+        judged = judged if moving is None else moving.asked_by_trainer(judged)
         trainer = _build_trainer(run, policy, judged, args)
-        sync = _reference_sync(run, policy, judged)
-        if sync is not None:
-            trainer.add_callback(sync)
-        if sync is not None and resume is not None:
-            sync.resume(resume)
+        if moving is not None:
+            moving.join(trainer, resume)
         with written_at_the_end(judged.reference):
             _train(trainer, resume, run)
-            if sync is not None:
-                judged = replace(judged, proof=sync.proof)
-                record["proof"] |= {"moves": sync.report()}
+            if moving is not None:
+                judged = replace(judged, proof=moving.sync.proof)
+                record["proof"] |= {"moves": moving.sync.report()}
             metrics = _finish(trainer, run, policy, judged, record)
+        if moving is not None:
+            moving.close()
     return TrainResult(output_dir, metrics, run.plan, record)
 
 
@@ -184,17 +185,6 @@ def _build_trainer(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
-
-
-def _reference_sync(run: Run, policy: Policy, judged: ProvedReference) -> ReferenceSync | None:
-    """What moves the reference while the policy trains, where the plan has it moved."""
-    if judged.follower is None:
-        return None
-    assert run.plan.sync is not None
-    assert judged.proof is not None
-    return ReferenceSync(
-        run.plan.sync, judged.follower, policy.scorer, judged.reference, judged.proof, judged.groups
-    )
 
 
 def _train(trainer: PreferenceTrainer, resume: Path | None, run: Run) -> None:

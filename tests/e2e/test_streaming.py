@@ -134,7 +134,7 @@ def test_a_live_reference_that_was_asked_for_is_scored_at_every_step(
     live = run(tmp_path, "live", **STREAMED, reference={"schedule": "live"})
     assert not live.plan.writes_through
     assert not reference_cache.exists()
-    kept = run(tmp_path, "kept", **STREAMED)
+    run(tmp_path, "kept", **STREAMED)
     assert sum(asked) == 24
     ours, theirs = weights(tmp_path / "kept"), weights(tmp_path / "live")
     assert max((ours[name] - theirs[name]).abs().max().item() for name in theirs) < 1e-5

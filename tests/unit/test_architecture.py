@@ -46,6 +46,7 @@ LAYERS = {
     "fiducial.training": 7,
     "fiducial.model_card": 8,
     "fiducial.prepare": 8,
+    "fiducial.moving_run": 8,
     "fiducial.cache_report": 9,
     "fiducial.cache_command": 9,
     "fiducial.merge": 8,

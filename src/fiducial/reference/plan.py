@@ -127,7 +127,7 @@ def _described(cfg: RunConfig, facts: Facts, source: Source, schedule: Schedule)
         reasons.notes(cfg, facts, source),
         equals_starting_policy=not names_another_policy(cfg),
         sync=_sync(cfg) if schedule is Schedule.SYNCED else None,
-        writes_through=schedule is Schedule.LIVE and writes_through(cfg),
+        writes_through=writes_through(cfg, schedule),
     )
 
 

@@ -9,7 +9,7 @@ import re
 
 from fiducial.config.schema import AdapterConfig, RunConfig
 from fiducial.reference.facts import Facts
-from fiducial.reference.kinds import Source, Sync
+from fiducial.reference.kinds import Schedule, Source, Sync
 
 IDENTITY_INITS = frozenset({"true", "gaussian", "eva"})
 """`peft_init_lora_weights` that leave the policy exactly as it was: on and off agree at step 0."""
@@ -42,12 +42,14 @@ def reads_distributions(cfg: RunConfig) -> bool:
     return cfg.method is not None and cfg.method.needs_distribution
 
 
-def writes_through(cfg: RunConfig) -> bool:
-    """Whether a live reference's log-probs are kept, and its rows scored once.
+def writes_through(cfg: RunConfig, schedule: Schedule) -> bool:
+    """Whether a reference beside the policy scores a row once for as long as it stands still.
 
-    Streamed rows are, unless the user writes `schedule: live`: then they are scored at every step.
+    Where the user writes `schedule: live`, it is scored at every step.
     """
-    return streams(cfg) and cfg.reference.schedule == "auto" and not reads_distributions(cfg)
+    if schedule is Schedule.PRECOMPUTED or reads_distributions(cfg):
+        return False
+    return schedule is Schedule.SYNCED or (streams(cfg) and cfg.reference.schedule == "auto")
 
 
 def names_another_policy(cfg: RunConfig) -> bool:
