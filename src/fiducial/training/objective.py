@@ -88,12 +88,6 @@ class Objective:
         count = self.loss.count
         return [] if count is None else [count(group) for each in passes for group in each]
 
-    def asked(self, groups: Groups) -> list[TokenizedGroup]:
-        """What the reference will be asked in the optimizer steps that `groups` are of."""
-        trained, ahead = self.loss.trained, self.loss.ahead
-        parts = [trained(group) if trained else group for group in groups]
-        return parts + ([ahead(group) for group in groups] if ahead else [])
-
     def compare(self, groups: Groups) -> Comparison:
         """One forward pass; the policy's log-probs carry gradient where grad mode is on."""
         self._require_sizes(groups)

@@ -186,7 +186,8 @@ class PreferenceTrainer(Trainer):
         process = Process(0, self.accelerator.num_processes)
         seed = self.args.seed if self.shuffle else None
         sampler = StepSampler(len(data), self.args.per_device_train_batch_size, process, shuffle_seed=seed)
-        return self.objective.asked([data[row] for row in sampler.of_steps(first, stop)])
+        trained, ahead = self.objective.parts([data[row] for row in sampler.of_steps(first, stop)])
+        return trained + ahead
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Of one step's products with weights."""
