@@ -10,7 +10,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8
 help:
 	@echo "make quickstart  align a tiny model in two minutes"
 	@echo "make test        the tests          make check  format, lint, types, tests (what CI runs)"
-	@echo "make bench       against TRL        make fmt    rewrite the code in the house's format"
+	@echo "make bench       what it costs      make fmt    rewrite the code in the house's format"
 	@echo "make docs        rewrite what is made in README.md"
 
 $(BIN)/python:
@@ -58,6 +58,7 @@ check: lint type test
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python bench/against_trl.py
+	$(BIN)/python bench/cache.py
 
 docs: $(VENV)/.installed
 	$(BIN)/python docs/readme.py

@@ -93,8 +93,16 @@ class PeakMemory:
         """Bytes."""
         if self.cuda:
             return torch.cuda.max_memory_allocated() - self.before
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - self.before
+        return resident_peak() - self.before
+
+
+def resident_peak() -> int:
+    """Most bytes of this process that were resident at once, as the kernel counts them."""
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would count what the parent held when it started this process
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def matrix_rate(

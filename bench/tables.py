@@ -39,7 +39,8 @@ def tables(report: Report) -> str:
     made = ", ".join(f"`{command}`" for command in commands or {report["command"]: None})
     bodies = [_table(each) for each in report.get("comparisons", ())]
     steps = [_profile(report["steps"])] if "steps" in report else []
-    return "\n\n".join([f"{made} on {_conditions(report)}.", *bodies, *steps])
+    cache = [_warm(report["warm"]), _cold(report["cold"])] if "warm" in report else []
+    return "\n\n".join([f"{made} on {_conditions(report)}.", *bodies, *steps, *cache])
 
 
 def summary(report: Report) -> str:
@@ -78,6 +79,32 @@ def _conditions(report: Report) -> str:
     where = machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores"
     packages = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "trl"))
     return f"{where}; model shape {report['shape']}; {packages}"
+
+
+def _warm(warm: Mapping[str, Any]) -> str:
+    few = warm["few_pairs"]
+    lines = [
+        f"Warm start: {warm['pairs']:,} pairs of {warm['tokens_a_pair']:.0f} tokens, their records "
+        f"({warm['cache_bytes'] / 1e6:.0f} MB) in {warm['files']} files. Until the first step:",
+        "",
+        "| | seconds | of them imports | processor seconds | memory above the weights "
+        f"| above a run of {few['pairs']} pairs |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for name, each in warm["starts"].items():
+        above, pairs = (each["peak_bytes"] - base for base in (warm["model_bytes"], few["peak_bytes"]))
+        lines.append(
+            f"| {name} | {each['seconds']:.1f} | {each['seconds_of_imports']:.1f} "
+            f"| {each['processor_seconds']:.1f} | {above / 1e9:.2f} GB | {pairs / 1e9:.2f} GB |"
+        )
+    return "\n".join(lines)
+
+
+def _cold(cold: Sequence[Mapping[str, Any]]) -> str:
+    shares = ", ".join(
+        f"{each['share_of_an_epoch']:.2f} on *{each['data']}* ({each['precision']})" for each in cold
+    )
+    return f"Cold scoring as a share of one training epoch: {shares}."
 
 
 def _profile(steps: Sequence[Mapping[str, Any]]) -> str:

@@ -59,6 +59,12 @@ def build(
             _prune(cache, older_than, max_size, dry_run=dry_run)
 
     @app.command()
+    def merge(cache: Cache = None, debug: bool = False) -> None:
+        """Make few files of the many small ones that scoring leaves. Safe while runs use them."""
+        with reporting(debug):
+            _merge(cache)
+
+    @app.command()
     def explain(
         config: Annotated[str, typer.Argument(metavar="RUN.YAML", help="The run's configuration.")],
         overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
@@ -143,6 +149,15 @@ def _prune(location: str | None, older_than: str | None, max_size: str | None, *
         + (f", and {swept} leftover files" if swept else "")
         + f"; {len(kept)} are left, {_size(sum(each.bytes for each in kept))}."
     )
+
+
+def _merge(location: str | None) -> None:
+    from fiducial.reference.cache.inventory import Inventory
+    from fiducial.reference.cache.merging import merge
+
+    merged = [merge(location, each) for each in Inventory(location).references()]
+    before, after = (sum(counts) for counts in zip(*merged, strict=True)) if merged else (0, 0)
+    Console().print(f"{before} small files were made into {after}." if before else "Nothing to merge.")
 
 
 def duration(text: str) -> float:

@@ -38,7 +38,7 @@ def explain(cfg: RunConfig, console: Console) -> None:
         FiducialError: the run cannot be read.
     """
     run = read_run(cfg, Console(quiet=True))
-    if not run.precomputes:
+    if not run.plan.kept:
         console.print(f"Nothing is read from a cache: the reference is {run.plan.schedule or 'none'}.")
         return
     identity = predict_identity(run.cfg, run.plan, run.tokenizer) or _load_to_identify(run)
@@ -53,7 +53,7 @@ def explain(cfg: RunConfig, console: Console) -> None:
         store = open_store(run.cfg, identity, tell=lambda sentence: console.print(escape(sentence)))
         for name, groups in _datasets(run).items():
             console.print(
-                f"{name.capitalize()} data: {_sentence(count_lacking(groups, store))}", soft_wrap=True
+                f"{name[0].upper()}{name[1:]} data: {_sentence(count_lacking(groups, store))}", soft_wrap=True
             )
         return
     if not references:
@@ -112,9 +112,10 @@ def _load_to_identify(run: Run) -> Identity:
 
 
 def _datasets(run: Run) -> dict[str, TokenizedDataset]:
-    assert isinstance(run.data.train, TokenizedDataset), "streamed rows are not scored ahead"
     held_out = {"held-out": run.data.evaluation} if run.data.evaluation is not None else {}
-    return {"training": run.data.train} | held_out
+    if isinstance(run.data.train, TokenizedDataset):
+        return {"training": run.data.train} | held_out
+    return {f"the first {len(run.data.sample)} rows of streamed": run.data.sample} | held_out
 
 
 def _name(checkpoint: str, digest: str) -> str:

@@ -23,6 +23,7 @@ from fiducial.prepare import (
     read_run,
     score_ahead,
 )
+from fiducial.reference.kept import written_at_the_end
 from fiducial.reference.moving import load_moved
 from fiducial.training.arguments import training_arguments
 from fiducial.training.budget import choose_token_budget
@@ -79,7 +80,8 @@ def evaluate_finished(finished: FinishedRun, *, console: Console | None = None) 
     trainer.remove_callback(PrinterCallback)
     trainer.load_weights(finished.folder)
     _move_reference(run, judged, finished.folder)
-    found = trainer.evaluate()
+    with written_at_the_end(judged.reference):
+        found = trainer.evaluate()
     metrics = {name: found[f"eval_{name}"] for name in (*METRICS, *ASKED_FOR) if f"eval_{name}" in found}
     title = f"{finished.folder} on {len(evaluation)} {run.cfg.method.unit}s"
     run.console.print(_table(metrics, title))

@@ -36,13 +36,15 @@ from fiducial.reference.cache import LogpStore
 from fiducial.reference.cache.known import remember
 from fiducial.reference.cache.opening import open_store
 from fiducial.reference.facts import Facts, gather_facts
-from fiducial.reference.fill import fill, warn
+from fiducial.reference.fill import fill, tell_checked, warn
 from fiducial.reference.identity import Identity, identify
+from fiducial.reference.kept import Kept
 from fiducial.reference.kinds import ReferencePlan, Schedule, Source
 from fiducial.reference.moving import Follower, build_follower
 from fiducial.reference.plan import plan_reference
 from fiducial.reference.setup import setup_reference_model
 from fiducial.reference.sources import NoReference, Reference, build_reference, build_scoring_reference
+from fiducial.reference.spot_check import spot_check
 from fiducial.reference.verify import Proof, prove_reference, require_adapter_off
 from fiducial.run_record import RunRecord, require_same_reference
 from fiducial.training.arguments import world_size
@@ -99,7 +101,7 @@ class ProvedReference:
     groups: list[TokenizedGroup]
     """The groups it was measured on."""
     proof: Proof | None
-    """None where there is no reference."""
+    """None where there is no reference. Where answers are kept, the reference itself was measured."""
     identity: Identity | None = None
     """Which weights it was before step 1; None without a reference, and in all processes but the first."""
     follower: Follower | None = None
@@ -177,9 +179,7 @@ def score_ahead(
         return None
     second = load_second_model(run, device)
     scorer = second or policy.scorer
-    identity = _identify(run, scorer)
-    store = open_store(run.cfg, identity, tell=lambda sentence: warn(run.console, sentence))
-    remember(run.cfg, run.plan, identity.digest)
+    store = _open_store(run, scorer)
     reference = build_scoring_reference(run.plan, policy.scorer, second)
     noise = fill(
         store,
@@ -231,6 +231,8 @@ def prove(
         pass_tokens=policy.micro_batch_tokens,
         known_noise=0.0 if ahead is None else ahead.noise,
     )
+    if run.plan.kept and not run.precomputes:
+        reference = _kept(run, policy, reference, second)
     follower = None
     if run.plan.sync is not None:
         follower = build_follower(policy.model, None if second is None else second.model, run.plan.sync)
@@ -272,6 +274,27 @@ def _scorer(run: Run, model: Any, device: torch.device) -> tuple[Scorer, LayoutC
         autocast=autocast,
     )
     return Scorer(model, layout=layout.layout, autocast=autocast), layout
+
+
+def _open_store(run: Run, scorer: Scorer) -> LogpStore:
+    """The records of the reference that `scorer` holds; before step 1, and before weights are sharded."""
+    identity = _identify(run, scorer)
+    remember(run.cfg, run.plan, identity.digest)
+    return open_store(run.cfg, identity, tell=lambda sentence: warn(run.console, sentence))
+
+
+def _kept(run: Run, policy: Policy, live: Reference, second: Scorer | None) -> Kept:
+    """`live` behind the cache, whose records it is compared with on the first rows."""
+    scorer = second or policy.scorer
+    store = _open_store(run, scorer)
+    tell_checked(run.console, "streamed", spot_check(run.data.sample, live, scorer, store))
+    return Kept(
+        live,
+        policy.scorer,
+        store,
+        tell=lambda sentence: warn(run.console, sentence),
+        flush_seconds=run.cfg.reference.flush_seconds,
+    )
 
 
 def _datasets(data: PreparedData) -> dict[str, TokenizedDataset]:

@@ -17,6 +17,7 @@ from fiducial.config.load import validate_config
 from fiducial.config.schema import RunConfig
 from fiducial.model.adapters import REFERENCE_ADAPTER
 from fiducial.model_card import write_model_card
+from fiducial.moving_run import let_it_move
 from fiducial.prepare import (
     Policy,
     ProvedReference,
@@ -30,6 +31,7 @@ from fiducial.prepare import (
     score_ahead,
 )
 from fiducial.record_keeping import RecordKeeper, answers, record_of
+from fiducial.reference.kept import measured, written_at_the_end
 from fiducial.reference.kinds import ReferencePlan
 from fiducial.reference.moving import MOVED_FOLDER, save_follower
 from fiducial.reference.setup import setup_reference_model
@@ -93,17 +95,24 @@ def train(cfg: RunConfig | Mapping[str, Any], *, console: Console | None = None)
         budget = choose_token_budget(run.cfg, run.facts, run.plan, args.device, resumed=resumed)
         report = RunReport(run, budget, args.device)
         policy, judged = _load_and_prove(run, args, budget, report)
-        timed = TimedReference(judged.reference, args.device)
+        moving = let_it_move(run, policy, judged)
+        asked = judged if moving is None else moving.asked_by_trainer(judged)
+        timed = TimedReference(asked.reference, args.device)
         clock = StepClock(timed)
-        trainer = _build_trainer(run, policy, replace(judged, reference=timed), args)
-        sync = _reference_sync(run, policy, judged, resume)
-        for callback in filter(None, (sync, _record_keeper(run, policy, judged, sync), clock)):
-            trainer.add_callback(callback)
-        _train(trainer, resume, run)
-        _close_proof(run, policy, judged, sync, report)
-        if run.data.evaluation is not None and not _evaluated_as_it_is(trainer):
-            close_loggers(trainer)
-            trainer.evaluate()
+        trainer = _build_trainer(run, policy, replace(asked, reference=timed), args)
+        if moving is not None:
+            moving.join(trainer, resume)
+        sync = None if moving is None else moving.sync
+        trainer.add_callback(_record_keeper(run, policy, judged, sync))
+        trainer.add_callback(clock)
+        with written_at_the_end(asked.reference):
+            _train(trainer, resume, run)
+            _close_proof(run, policy, judged, sync, report)
+            if run.data.evaluation is not None and not _evaluated_as_it_is(trainer):
+                close_loggers(trainer)
+                trainer.evaluate()
+        if moving is not None:
+            moving.close()
         report.add_measured(clock)
         report.tell_rows()
         metrics = _finish(trainer, policy, judged, report)
@@ -182,22 +191,6 @@ def _build_trainer(
     return trainer
 
 
-def _reference_sync(
-    run: Run, policy: Policy, judged: ProvedReference, resume: Path | None
-) -> ReferenceSync | None:
-    """What moves the reference while the policy trains, where the plan has it moved."""
-    if judged.follower is None:
-        return None
-    assert run.plan.sync is not None
-    assert judged.proof is not None
-    sync = ReferenceSync(
-        run.plan.sync, judged.follower, policy.scorer, judged.reference, judged.proof, judged.groups
-    )
-    if resume is not None:
-        sync.resume(resume)
-    return sync
-
-
 def _record_keeper(
     run: Run, policy: Policy, judged: ProvedReference, sync: ReferenceSync | None
 ) -> RecordKeeper:
@@ -240,7 +233,7 @@ def _close_proof(
     proof = judged.proof if sync is None else sync.proof
     moved = None
     if proof is not None:
-        moved = check_unmoved(proof, policy.scorer, judged.reference, judged.groups)
+        moved = check_unmoved(proof, policy.scorer, measured(judged.reference), judged.groups)
     report.add_end(sync, moved)
     if sync is not None and is_first_process():
         folder = Path(run.cfg.output.output_dir)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fiducial.reference.kept import Kept
 from fiducial.train import TrainResult, train
 from fiducial.training.callbacks import read_metrics_lines
 from launching import torchrun
@@ -19,6 +20,20 @@ STREAMED = {"streaming": True, "max_steps": 6, "streaming_multipack_buffer_size"
 
 def run(folder: Path, output: str, **settings: Any) -> TrainResult:
     return train(run_config(folder, **settings, output_dir=str(folder / output)))
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many completions each pass of a reference whose answers are kept has had to score."""
+    found: list[int] = []
+    score = Kept._score
+
+    def counting(self: Kept, wanted: Any, batch: Any) -> None:
+        found.append(sum(len(group.completions) for group in wanted))
+        score(self, wanted, batch)
+
+    monkeypatch.setattr(Kept, "_score", counting)
+    return found
 
 
 def logged(folder: Path, *names: str) -> list[float]:
@@ -90,3 +105,42 @@ def test_two_processes_read_disjoint_rows_and_resume_exactly(tmp_path: Path) -> 
     assert max((whole[name] - alone[name]).abs().max().item() for name in whole) < 1e-5
     together, one = (logged(tmp_path / name, "loss", "eval_loss") for name in ("whole", "alone"))
     assert together == pytest.approx(one, rel=1e-4)
+
+
+@pytest.mark.parametrize("adapter", [{}, {"adapter": "lora", "lora_r": 4, "learning_rate": 1e-2}])
+def test_a_row_is_scored_when_it_is_first_seen_and_never_again(
+    tmp_path: Path, asked: list[int], adapter: dict[str, Any]
+) -> None:
+    settings = STREAMED | adapter | {"rows": 12, "max_steps": 9}
+    result = run(tmp_path, "first", **settings)
+    assert result.plan.writes_through
+    assert asked == [8, 8, 8], "three passes over twelve pairs: only the first asks the reference"
+    again = run(tmp_path, "again", **settings)
+    assert asked == [8, 8, 8]
+    first, second = weights(tmp_path / "first"), weights(tmp_path / "again")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert logged(tmp_path / "first", "loss") == logged(tmp_path / "again", "loss")
+    assert again.record["proof"]["moved_while_training"] <= again.record["proof"]["tolerance"]
+
+    run(tmp_path, "longer", **settings | {"rows": 16, "max_steps": 4})
+    assert sum(asked) == 24 + 8, "of a longer stream only the new rows"
+    run(tmp_path, "other", **settings, bf16="full")
+    assert sum(asked) > 32, "another reference has records of its own"
+
+
+def test_a_live_reference_that_was_asked_for_is_scored_at_every_step(
+    tmp_path: Path, asked: list[int], reference_cache: Path
+) -> None:
+    live = run(tmp_path, "live", **STREAMED, reference={"schedule": "live"})
+    assert not live.plan.writes_through
+    assert not reference_cache.exists()
+    run(tmp_path, "kept", **STREAMED)
+    assert sum(asked) == 24
+    ours, theirs = weights(tmp_path / "kept"), weights(tmp_path / "live")
+    assert max((ours[name] - theirs[name]).abs().max().item() for name in theirs) < 1e-5
+
+
+def test_what_is_stored_and_what_is_streamed_share_their_records(tmp_path: Path, asked: list[int]) -> None:
+    run(tmp_path, "stored", num_epochs=1)
+    run(tmp_path, "streamed", **STREAMED)
+    assert asked == []

@@ -1,6 +1,7 @@
 """A reference that follows the policy: where it stands after each move, and after a resume."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,13 @@ import torch
 from safetensors.torch import load_file
 
 from fiducial.errors import TrainingError
+from fiducial.reference.cache.scoring import _Worker
+from fiducial.reference.kept import Kept
 from fiducial.reference.kinds import Sync
 from fiducial.reference.moving import STATE_FILE, ModelFollower
 from fiducial.train import train
 from fiducial.training.callbacks import Interrupted
+from launching import torchrun
 from resuming import interrupt_after, left_behind
 from run_configs import run_config
 from tiny import tiny_model
@@ -87,6 +91,102 @@ def test_resumes_exactly(
     (logs, final), (resumed_logs, resumed) = left_behind(Path(whole)), left_behind(Path(cut))
     assert resumed_logs == logs
     assert all(torch.equal(final[name], resumed[name]) for name in final)
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
+    """How many completions each pass of the reference had: of a window, and beside the policy."""
+    found: dict[str, list[int]] = {"window": [], "beside": []}
+    score_ahead, score_beside = _Worker._score, Kept._score
+
+    def ahead(self: _Worker, parts: Any) -> None:
+        before = self.scored
+        score_ahead(self, parts)
+        found["window"].append(self.scored - before)
+
+    def beside(self: Kept, wanted: Any, batch: Any) -> None:
+        found["beside"].append(sum(len(group.completions) for group in wanted))
+        score_beside(self, wanted, batch)
+
+    monkeypatch.setattr(_Worker, "_score", ahead)
+    monkeypatch.setattr(Kept, "_score", beside)
+    return found
+
+
+@pytest.mark.parametrize("rl", ["dpo", "kto"])
+def test_what_the_next_window_needs_is_scored_once(
+    tmp_path: Path, passes: dict[str, list[int]], rl: str
+) -> None:
+    four = COPY | {"sync_steps": 4}
+    train(run(tmp_path, four, rl=rl, micro_batch_size=4 if rl == "dpo" else 8, save_steps=None))
+    assert passes["beside"] == [], "nothing is left to be scored in a step"
+    if rl == "dpo":  # twelve rows make three steps: the fourth sees rows again, and two are left
+        assert sum(passes["window"]) == 24 + 16
+        assert len(passes["window"]) < 6, "in larger passes than those of a step"
+    else:
+        assert sum(passes["window"]) > 24 + 16, "mismatched completions too"
+
+
+def test_what_is_evaluated_twice_between_two_moves_is_scored_once(
+    tmp_path: Path, passes: dict[str, list[int]]
+) -> None:
+    evaluated = {"val_set_size": 4, "eval_steps": 1, "eval_batch_size": 2, "rows": 16, "save_steps": None}
+    train(run(tmp_path, SOFT | {"sync_steps": 3}, **evaluated))
+    assert sum(passes["beside"]) == 8 * 3, "once before the first move, after it, and after the second"
+
+
+def test_a_window_trains_as_a_live_reference(tmp_path: Path, passes: dict[str, list[int]]) -> None:
+    order = {"shuffle_merged_datasets": False, "optimizer": "sgd", "max_steps": 6, "num_epochs": None}
+    order["learning_rate"] = 0.1
+    for name, settings in {
+        "window": {"reference": SOFT},
+        "live": {"reference": SOFT, "streaming": True},
+        "later": {"reference": SOFT | {"sync_steps": 3}},
+    }.items():
+        train(run(tmp_path, **settings, **order, save_steps=None, output_dir=str(tmp_path / name)))
+        if name == "live":
+            assert sum(passes["beside"]) == 6 * 8, "scored in the steps' own passes"
+    (windowed, final), (live, same), (later, other) = (
+        left_behind(tmp_path / name) for name in ("window", "live", "later")
+    )
+    for ours, theirs in zip(windowed, live, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+    assert max((final[name] - same[name]).abs().max() for name in final) < 1e-5
+    assert max(abs(a["loss"] - b["loss"]) for a, b in zip(windowed, later, strict=True)) > 1e-3
+    assert max((final[name] - other[name]).abs().max() for name in final) > 1e-5
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_records_of_the_version_that_stands_are_kept_for_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passes: dict[str, list[int]], lost: bool
+) -> None:
+    settings = run(tmp_path, SOFT | {"sync_steps": 3})
+    train(settings | {"output_dir": str(tmp_path / "whole")})
+    with monkeypatch.context() as patch:
+        interrupt_after(5, patch)
+        with pytest.raises(Interrupted):
+            train(settings)
+    records = tmp_path / "out" / "reference"
+    [version] = records.iterdir()
+    assert len(list(version.glob("*.arrow"))) == 1, "of an older version nothing is left"
+    if lost:
+        shutil.rmtree(records)
+    before = sum(passes["window"])
+    train(settings | {"auto_resume_from_checkpoints": True})
+    assert sum(passes["window"]) - before == (24 if lost else 0)
+    (_, whole), (_, resumed) = left_behind(tmp_path / "whole"), left_behind(tmp_path / "out")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert not records.exists()
+
+
+def test_two_processes_share_a_window(tmp_path: Path) -> None:
+    half = run(tmp_path, SOFT, micro_batch_size=2, optimizer="sgd", output_dir=str(tmp_path / "two"))
+    (tmp_path / "runs.json").write_text(json.dumps([{"settings": half, "stop_after": None}]))
+    torchrun(Path(__file__).parents[1] / "run_worker.py", str(tmp_path / "runs.json"))
+    train(run(tmp_path, SOFT, optimizer="sgd"))
+    (_, two), (_, one) = left_behind(tmp_path / "two"), left_behind(tmp_path / "out")
+    assert max((two[name] - one[name]).abs().max().item() for name in one) < 1e-5
+    assert not (tmp_path / "two" / "reference").exists()
 
 
 def test_a_checkpoint_without_its_reference_is_refused(tmp_path: Path) -> None:

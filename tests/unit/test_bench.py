@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench import cuda, results, shapes, tables, texts, workload
+from bench import cache, cuda, results, shapes, tables, texts, workload
 from bench.agreement import DisagreementError, agree
 from bench.arena import figures
 from bench.contestant import Result
@@ -15,7 +15,10 @@ from bench.methods import METHODS
 from bench.profile import category
 from bench.results import Results
 from bench.workload import DATA, Example, Workload
+from rich.console import Console
 from transformers import LlamaForCausalLM
+
+from fiducial.train import train
 
 STEP = {"loss": 0.69, "rewards/chosen": 0.1, "rewards/rejected": 0.0, "rewards/margins": 0.1}
 RESULT = Result(
@@ -231,6 +234,45 @@ def test_results_keep_what_was_measured_under_the_same_conditions(
 
     monkeypatch.setattr(results, "report", lambda *a, **held: report() | {"machine": "another"} | held)
     assert not Results(path, ["fourth"], "42M").has(method="dpo", **key)
+
+
+WARM = {
+    **{
+        "pairs": 60_000,
+        "tokens_a_pair": 180.4,
+        "files": 300,
+        "cache_bytes": 44_000_000,
+        "model_bytes": 10**8,
+    },
+    "few_pairs": {"pairs": 64, "peak_bytes": 6 * 10**8},
+    "starts": {
+        "tokens kept": {
+            **{"seconds": 12.34, "seconds_of_imports": 4.0, "processor_seconds": 11.0},
+            "peak_bytes": 9 * 10**8,
+        }
+    },
+}
+
+
+def test_the_cache_s_table_says_seconds_memory_and_the_share_of_an_epoch() -> None:
+    cold = [{"data": "hh", "precision": "float32", "share_of_an_epoch": 0.334}]
+    lines = tables.tables(report() | {"warm": WARM, "cold": cold}).splitlines()
+    assert "| tokens kept | 12.3 | 4.0 | 11.0 | 0.80 GB | 0.30 GB |" in lines
+    assert "above a run of 64 pairs" in lines[4]
+    assert lines[-1] == "Cold scoring as a share of one training epoch: 0.33 on *hh* (float32)."
+
+
+@pytest.mark.slow
+def test_a_warm_start_finds_every_record_that_was_written_for_it(tmp_path: Path) -> None:
+    options = cache._options(["--quick", "--pairs", "1"])
+    settings = cache._run(tmp_path, options)
+    facts = cache._fill(settings, options.files)
+    assert (facts["pairs"], facts["files"]) == (500, 5)
+    told = Console(record=True, width=300, force_terminal=False)
+    train(settings, console=told)
+    assert (
+        "Reference on training data: known from an earlier run; 8 records scored again" in told.export_text()
+    )
 
 
 def test_every_method_is_measured_on_data_it_can_read() -> None:

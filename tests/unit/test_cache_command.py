@@ -115,6 +115,16 @@ def test_prune_removes_the_oldest_and_what_was_left_over(
     assert not new.exists()
 
 
+def test_merge_makes_few_files_of_many(cache: Cache, tmp_path: Path, reference_cache: Path) -> None:
+    assert "Nothing to merge" in words(cache("merge"))
+    filled(tmp_path, micro_batch_tokens=64, reference={"flush_seconds": 1e-6})
+    files = len(list(reference_cache.glob("*/*.arrow")))
+    assert files > 5
+    assert f"{files} small files were made into 1" in words(cache("merge"))
+    assert "24 records of 1 references" in words(cache("verify"))
+    assert "all 24 completions have records" in explained(cache, tmp_path, run_config(tmp_path))
+
+
 @pytest.mark.parametrize(("text", "seconds"), [("30d", 2592000), ("1.5h", 5400), ("10 s", 10)])
 def test_lengths_of_time(text: str, seconds: float) -> None:
     assert duration(text) == seconds

@@ -155,7 +155,7 @@ class GroupTokenizer:
         return ids
 
     def _assemble(self, prompt: TokenIds, wholes: list[TokenIds], example: PreferenceExample) -> Tokenized:
-        bos = self.tokenizer.bos_token_id
+        bos = self._bos
         bos_removed = bos is not None and len(prompt) > 1 and bool((prompt[:2] == bos).all())
         if bos_removed:
             prompt, wholes = prompt[1:], [whole[1:] for whole in wholes]
@@ -181,9 +181,7 @@ class GroupTokenizer:
                 )
             if self.excess_length == "drop":
                 raise OddRow(Reason.LONG_PROMPT if len(prompt) >= self.sequence_len else Reason.LONG)
-            prompt, completions = truncate(
-                prompt, completions, sequence_len=self.sequence_len, bos=self.tokenizer.bos_token_id
-            )
+            prompt, completions = truncate(prompt, completions, sequence_len=self.sequence_len, bos=self._bos)
         if any(np.array_equal(one, other) for one, other in combinations(completions, 2)):
             raise OddRow(Reason.EQUAL, "as tokens")
         # Copies: a view would keep its whole rendering alive.
@@ -204,12 +202,22 @@ class GroupTokenizer:
             raise OddRow(Reason.EMPTY_COMPLETION, "as tokens")
         if end is not None:
             return completion[: end + 1]
-        if self.tokenizer.eos_token_id is None:
+        if self._eos is None:
             raise ModelError(
                 "the tokenizer has no end-of-sequence token, so no completion could end. Name one with "
                 "`special_tokens: {eos_token: …}`."
             )
-        return np.append(completion, np.int32(self.tokenizer.eos_token_id))
+        return np.concatenate([completion, np.array([self._eos], np.int32)])
+
+    @cached_property
+    def _bos(self) -> int | None:  # the tokenizer itself takes longer to say
+        token: int | None = self.tokenizer.bos_token_id
+        return token
+
+    @cached_property
+    def _eos(self) -> int | None:
+        token: int | None = self.tokenizer.eos_token_id
+        return token
 
     @cached_property
     def _ends(self) -> frozenset[int]:

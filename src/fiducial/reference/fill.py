@@ -47,7 +47,8 @@ def fill(
                 progress=progress,
                 flush_every=flush_seconds or FLUSH_SECONDS,
             )
-        _tell(console, name, scored, checked)
+        found = f"{scored} completions scored" if scored else "known from an earlier run"
+        tell_checked(console, name, checked, found)
         largest = max(largest, checked.max_difference)
     return largest
 
@@ -64,17 +65,18 @@ def _bar(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _tell(console: Console, name: str, scored: int, checked: SpotCheck) -> None:
+def tell_checked(console: Console, name: str, checked: SpotCheck, *found: str) -> None:
+    """Say what was `found` in the cache for a dataset, and how the records that were looked at compare."""
     for path in checked.distrusted:
         warn(
             console,
             f"{path} does not hold what this reference answers, by more than {checked.tolerance:.1g} nats a "
-            "token. It is set aside, and its completions were scored again.",
+            "token. It is set aside, and its completions are scored again.",
         )
-    found = f"{scored} completions scored" if scored else "known from an earlier run"
     if checked.completions:
         found += (
-            f"; {checked.completions} records scored again to compare, at most "
-            f"{checked.max_difference:.2g} nats a token apart"
+            f"{checked.completions} records scored again to compare, at most "
+            f"{checked.max_difference:.2g} nats a token apart",
         )
-    console.print(f"Reference on {name} data: {found}.", soft_wrap=True)
+    if found:
+        console.print(f"Reference on {name} data: {'; '.join(found)}.", soft_wrap=True)

@@ -90,6 +90,18 @@ class ReferencePlan:
     sync: Sync | None = None
     """How it moves, where it does."""
 
+    writes_through: bool = False
+    """Whether a reference beside the policy scores a row once, and keeps it for as long as it stands still:
+    streamed rows in the cache, those of a reference that moves in the run's own folder until it does."""
+
     def __post_init__(self) -> None:
         assert (self.schedule is Schedule.SYNCED) == (self.sync is not None)
         assert self.schedule in VALID[self.source], (self.source, self.schedule)
+        assert not self.writes_through or (self.schedule is not None and self.schedule.beside_policy)
+
+    @property
+    def kept(self) -> bool:
+        """Whether its log-probs go into the cache, and are read from there."""
+        if self.schedule is Schedule.LIVE:
+            return self.writes_through
+        return self.schedule is Schedule.PRECOMPUTED

@@ -23,6 +23,7 @@ from fiducial.reference.start import (
     why_cannot_move,
     why_checkpoint_differs,
     why_frozen_copy_differs,
+    writes_through,
 )
 
 __all__ = [
@@ -49,7 +50,7 @@ def plan_reference(cfg: RunConfig, facts: Facts) -> ReferencePlan:
     if reason := no_reference_reason(cfg):
         return _no_reference(cfg, reason)
     plan = _plan(cfg, facts, _schedule(cfg))
-    _refuse_details_of_no_cache(cfg, plan.schedule)
+    _refuse_details_of_no_cache(cfg, plan)
     return plan
 
 
@@ -126,6 +127,7 @@ def _described(cfg: RunConfig, facts: Facts, source: Source, schedule: Schedule)
         reasons.notes(cfg, facts, source),
         equals_starting_policy=not names_another_policy(cfg),
         sync=_sync(cfg) if schedule is Schedule.SYNCED else None,
+        writes_through=writes_through(cfg, schedule),
     )
 
 
@@ -194,13 +196,14 @@ def _refuse_details_of_no_model(cfg: RunConfig, source: Source) -> None:
             )
 
 
-def _refuse_details_of_no_cache(cfg: RunConfig, schedule: Schedule | None) -> None:
-    """Settings of the cache would be ignored where nothing is scored ahead."""
+def _refuse_details_of_no_cache(cfg: RunConfig, plan: ReferencePlan) -> None:
+    """Settings of the cache would be ignored where nothing is kept."""
     for key, value in {"cache": cfg.reference.cache, "flush_seconds": cfg.reference.flush_seconds}.items():
-        if value is not None and schedule is not Schedule.PRECOMPUTED:
+        if value is not None and not plan.kept:
+            instead = "schedule: auto" if streams(cfg) else "schedule: precomputed"
             raise PlanError(
-                f"reference.{key}: {value} cannot have an effect: the reference is {schedule}, scored beside "
-                "the policy and not kept. Remove it, or write reference.schedule: precomputed."
+                f"reference.{key}: {value} cannot have an effect: the reference is {plan.schedule}, scored "
+                f"beside the policy and not kept. Remove it, or write reference.{instead}."
             )
 
 

@@ -9,6 +9,7 @@ from fiducial.reference.start import (
     resumes_adapter,
     streams,
     why_adapter_off_differs,
+    writes_through,
 )
 
 _HELD = {
@@ -61,8 +62,8 @@ def refusal(cfg: RunConfig, source: Source, schedule: Schedule, objection: str, 
 def remedy(cfg: RunConfig, schedule: Schedule, works: Source | None) -> str:
     """What to write instead; `works` is the automatic choice where that would be right."""
     if schedule is Schedule.PRECOMPUTED and (streams(cfg) or reads_distributions(cfg)):
-        other = "leave it out" if reads_distributions(cfg) else "streaming: false"
-        return f"Write reference.schedule: live, or {other}."
+        known = "live, or leave it out" if reads_distributions(cfg) else "auto, or streaming: false"
+        return f"Write reference.schedule: {known}."
     if schedule is Schedule.SYNCED and names_another_policy(cfg):
         return "Remove reference.model, or write reference.schedule: precomputed."
     if works is not None:
@@ -93,15 +94,30 @@ def _identity(cfg: RunConfig, facts: Facts, source: Source) -> str:
 
 def _moment(cfg: RunConfig, source: Source, schedule: Schedule) -> str:
     if schedule is Schedule.SYNCED:
-        return f"It is scored at every step and moves towards the policy; {_HELD[source]}."
+        return f"{_while_it_moves(cfg)} {_HELD[source][0].upper()}{_HELD[source][1:]}."
+    if schedule is Schedule.LIVE and writes_through(cfg, schedule):
+        return (
+            "A streamed row cannot be scored ahead: it is scored when it is first seen, and read from the "
+            f"cache from then on; {_HELD[source]}."
+        )
     if schedule is Schedule.LIVE:
-        cause = "streaming rows cannot be scored ahead" if streams(cfg) else "as a live reference"
+        cause = "as a live reference"
         if reads_distributions(cfg):
             cause = "the loss reads its probability of every token, which is too much to keep"
         return f"It is scored at every step ({cause}); {_HELD[source]}."
     if source is Source.SEPARATE_MODEL:
         return "It scores the data once before step 1 and is then freed."
     return "The policy scores the data itself, once, before step 1; no copy is held."
+
+
+def _while_it_moves(cfg: RunConfig) -> str:
+    if reads_distributions(cfg):
+        return "It moves towards the policy every few steps, and is scored at every step."
+    when = "when it is first seen after a move" if streams(cfg) else "right after a move, for the steps until"
+    rest = "" if streams(cfg) else " the next"
+    return (
+        f"It moves towards the policy every few steps. A row is scored once between two moves: {when}{rest}."
+    )
 
 
 def _vocabularies(facts: Facts) -> tuple[str, ...]:

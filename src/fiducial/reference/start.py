@@ -9,7 +9,7 @@ import re
 
 from fiducial.config.schema import AdapterConfig, RunConfig
 from fiducial.reference.facts import Facts
-from fiducial.reference.kinds import Source, Sync
+from fiducial.reference.kinds import Schedule, Source, Sync
 
 IDENTITY_INITS = frozenset({"true", "gaussian", "eva"})
 """`peft_init_lora_weights` that leave the policy exactly as it was: on and off agree at step 0."""
@@ -40,6 +40,16 @@ def streams(cfg: RunConfig) -> bool:
 def reads_distributions(cfg: RunConfig) -> bool:
     """Whether the loss reads the reference's probability of every token of the vocabulary."""
     return cfg.method is not None and cfg.method.needs_distribution
+
+
+def writes_through(cfg: RunConfig, schedule: Schedule) -> bool:
+    """Whether a reference beside the policy scores a row once for as long as it stands still.
+
+    Where the user writes `schedule: live`, it is scored at every step.
+    """
+    if schedule is Schedule.PRECOMPUTED or reads_distributions(cfg):
+        return False
+    return schedule is Schedule.SYNCED or (streams(cfg) and cfg.reference.schedule == "auto")
 
 
 def names_another_policy(cfg: RunConfig) -> bool:

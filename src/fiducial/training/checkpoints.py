@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fiducial.errors import ConfigError, TrainingError
+from fiducial.errors import ConfigError, FiducialError, TrainingError
 
 _FULL_DISK_WORDS = (
     "No space left on device",
@@ -123,6 +123,8 @@ def full_disk_explained(output_dir: Path, launch: Launch = Launch()) -> Iterator
     """Turn a write that failed for want of space into a `TrainingError` that says where and what to do."""
     try:
         yield
+    except FiducialError:  # it says already what cannot be written, and where
+        raise
     except Exception as error:  # every writer has its own exception type; all others pass on unchanged
         if not _is_full_disk(error):
             raise

@@ -50,15 +50,24 @@ class StepSampler(Sampler[list[int]]):
         return (self.num_rows + self.rows_per_step - 1) // self.rows_per_step
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = self._order()
+        order = self._order(self.epoch)
         for start in range(0, self.num_rows, self.rows_per_step):
             yield order[start : start + self.rows_per_step][self.process.rank :: self.process.count]
 
-    def _order(self) -> list[int]:
+    def of_steps(self, first: int, stop: int) -> list[int]:
+        """All processes' rows of optimizer steps `first` up to `stop`, counted from the run's start."""
+        rows: list[int] = []
+        for epoch in range(first // len(self), (stop - 1) // len(self) + 1):
+            start = max(first - epoch * len(self), 0) * self.rows_per_step
+            end = (stop - epoch * len(self)) * self.rows_per_step
+            rows += self._order(epoch)[start:end]
+        return rows
+
+    def _order(self, epoch: int) -> list[int]:
         if self.shuffle_seed is None:
             return list(range(self.num_rows))
         # Mixing by a large odd number keeps (seed 1, epoch 0) and (seed 0, epoch 1) apart.
-        generator = torch.Generator().manual_seed(self.shuffle_seed + 1_000_003 * self.epoch)
+        generator = torch.Generator().manual_seed(self.shuffle_seed + 1_000_003 * epoch)
         order: list[int] = torch.randperm(self.num_rows, generator=generator).tolist()
         return order
 

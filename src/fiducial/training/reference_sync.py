@@ -1,6 +1,6 @@
 """Moves a synced reference every few optimizer steps, and proves each move."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,10 +42,22 @@ class ReferenceSync(TrainerCallback):
         proof: Proof,
         groups: Sequence[TokenizedGroup],
     ) -> None:
+        """`reference` is the one that moves, and not what keeps its answers."""
         self.sync, self.follower = sync, follower
         self.policy, self.reference = policy, reference
         self.proof, self.groups = proof, groups
         self.moves: list[Move] = []
+        self._after_move: Callable[[int], None] | None = None
+
+    def call_after_move(self, call: Callable[[int], None]) -> None:
+        """Have `call(step)` told of every move, of the start, and of a resume: `step` is the last move's."""
+        self._after_move = call
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The reference stands where its last move left it."""
+        self._tell(state.global_step - state.global_step % self.sync.steps)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -63,6 +75,7 @@ class ReferenceSync(TrainerCallback):
             self.moves.append(
                 Move(state.global_step, strayed, proof.max_difference, proof.noise.nats, proof.log_ratios)
             )
+            self._tell(state.global_step)
 
     def resume(self, checkpoint: Path) -> None:
         """Put the reference back to where it was when `checkpoint` was saved."""
@@ -76,6 +89,10 @@ class ReferenceSync(TrainerCallback):
     def report(self) -> list[dict[str, Any]]:
         """The moves of this process, as plan.json holds them."""
         return [asdict(move) for move in self.moves]
+
+    def _tell(self, step: int) -> None:
+        if self._after_move is not None:
+            self._after_move(step)
 
     def _prove(self, when: str, *, equal: bool) -> None:
         self.proof = prove_reference(

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
@@ -33,7 +33,7 @@ from fiducial.data.micro_batches import Load
 from fiducial.data.tokenize import TokenizedGroup
 from fiducial.model.adapters import POLICY_ADAPTER
 from fiducial.training.callbacks import KeepsFiles, LossMemory, RunningMetrics, restore_callbacks
-from fiducial.training.dataloader import Process, step_dataloader
+from fiducial.training.dataloader import Process, StepSampler, step_dataloader
 from fiducial.training.evaluation import Evaluation
 from fiducial.training.failures import budget_too_large, group_does_not_fit, loss_not_finite
 from fiducial.training.metrics import MetricSums
@@ -173,6 +173,21 @@ class PreferenceTrainer(Trainer):
             eval_dataset = self.eval_dataset[eval_dataset]
         chosen = eval_dataset if eval_dataset is not None else self.eval_dataset
         return self._dataloader(chosen, self.args.per_device_eval_batch_size, shuffle=False)
+
+    def asked(self, first: int, stop: int) -> list[TokenizedGroup]:
+        """What the reference will be asked from one optimizer step up to another, as far as it is known.
+
+        Rows of a stream are not known before they come.
+        """
+        data: Any = self.train_dataset
+        stop = min(stop, self.state.max_steps)
+        if isinstance(data, IterableDataset) or first >= stop:
+            return []
+        process = Process(0, self.accelerator.num_processes)
+        seed = self.args.seed if self.shuffle else None
+        sampler = StepSampler(len(data), self.args.per_device_train_batch_size, process, shuffle_seed=seed)
+        trained, ahead = self.objective.parts([data[row] for row in sampler.of_steps(first, stop)])
+        return trained + ahead
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Of one step's products with weights."""

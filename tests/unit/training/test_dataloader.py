@@ -31,6 +31,28 @@ def test_a_process_may_be_left_with_nothing() -> None:
     assert steps(5, 2, Process(1, 2), seed=None) == [[1, 3], []]
 
 
+@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_rows_of_steps_to_come_are_those_the_epochs_give(seed: int | None, processes: int) -> None:
+    per_epoch = [
+        [steps(13, 2, Process(rank, processes), seed=seed, epoch=epoch) for rank in range(processes)]
+        for epoch in range(3)
+    ]
+    whole = [
+        sorted(row for share in shares for row in share[step])
+        for shares in per_epoch
+        for step in range(len(shares[0]))
+    ]
+    sampler = StepSampler(13, 2, Process(0, processes), shuffle_seed=seed)
+    for first in range(len(whole)):
+        for stop in range(first + 1, len(whole) + 1):
+            expected = sorted(row for step in whole[first:stop] for row in step)
+            assert sorted(sampler.of_steps(first, stop)) == expected
+    assert (
+        sampler.of_steps(0, len(sampler)) != sampler.of_steps(len(sampler), 2 * len(sampler)) or seed is None
+    )
+
+
 def test_order_depends_on_seed_and_epoch_alone() -> None:
     assert steps(20, 4, Process(), seed=3, epoch=1) == steps(20, 4, Process(), seed=3, epoch=1)
     orders = [steps(20, 4, Process(), seed=seed, epoch=epoch) for seed in (0, 1) for epoch in (0, 1)]

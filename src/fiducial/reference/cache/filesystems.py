@@ -25,6 +25,17 @@ def open_location(location: str) -> tuple[AbstractFileSystem, str]:
     return filesystem, str(root)
 
 
+def put_whole(filesystem: AbstractFileSystem, path: str, content: bytes) -> None:
+    """Write a file aside and move it into place, where the file system can move."""
+    if type(filesystem).mv is AbstractFileSystem.mv:  # it would copy and delete; one put is as good
+        filesystem.pipe_file(path, content)
+        return
+    folder, _, name = path.rpartition("/")
+    aside = f"{folder}/.{name}.part"
+    filesystem.pipe_file(aside, content)
+    filesystem.mv(aside, path)
+
+
 @contextmanager
 def explained(location: str, what: str) -> Iterator[None]:
     """Inside, whatever the file system raises becomes a CacheError: `location` cannot be `what`."""

@@ -11,7 +11,6 @@ from typing import Any
 
 from fsspec import AbstractFileSystem
 
-from fiducial.errors import CacheError
 from fiducial.reference.cache.filesystems import explained, open_location
 from fiducial.reference.cache.names import ShardName, checksum
 from fiducial.reference.cache.places import MANIFEST, default_cache, is_identity, shown
@@ -93,7 +92,7 @@ class Inventory:
         with explained(self.shown, "written"):
             for entry in self._list(reference.identity):
                 name = _last(entry["name"])
-                old = time.time() - _modified(self._fs, entry) > _LEFTOVER_SECONDS
+                old = time.time() - modified(self._fs, entry) > _LEFTOVER_SECONDS
                 aside = name.endswith(".damaged")
                 if aside or (old and (name.endswith(".part") or name.startswith("unfinished-"))):
                     self._fs.rm_file(f"{self._root}/{reference.identity}/{name}")
@@ -113,7 +112,7 @@ class Inventory:
             sum(name.records for name in names),
             len(names),
             sum(int(entry["size"] or 0) for entry in entries),
-            max((_modified(self._fs, entry) for entry in entries), default=0.0),
+            max((modified(self._fs, entry) for entry in entries), default=0.0),
         )
 
     def _list(self, folder: str) -> list[dict[str, Any]]:
@@ -141,26 +140,12 @@ def too_many(references: list[CachedReference], size: int) -> list[CachedReferen
     return removed
 
 
-def find_one(references: list[CachedReference], beginning: str) -> CachedReference:
-    """The reference whose identity begins so.
-
-    Raises:
-        CacheError: None does, or several do.
-    """
-    found = [each for each in references if each.identity.startswith(beginning)]
-    if len(found) != 1:
-        raise CacheError(
-            f"{beginning}: {len(found)} references in the cache begin so; see fiducial cache list."
-        )
-    return found[0]
-
-
 def _last(path: str) -> str:
     return path.rstrip("/").rpartition("/")[2]
 
 
-def _modified(filesystem: AbstractFileSystem, entry: dict[str, Any]) -> float:
-    """When a file was last changed; file systems name it differently, and some do not tell (then: now)."""
+def modified(filesystem: AbstractFileSystem, entry: dict[str, Any]) -> float:
+    """When a file was last changed, in seconds since 1970; now where the file system does not tell."""
     for name in ("mtime", "modified", "LastModified", "last_modified", "modify", "created"):
         value = entry.get(name)
         if isinstance(value, int | float):

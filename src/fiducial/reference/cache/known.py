@@ -17,7 +17,7 @@ from fiducial.errors import ModelError
 from fiducial.reference.cache.names import ShardName
 from fiducial.reference.cache.places import local_folder
 from fiducial.reference.checkpoint import open_checkpoint
-from fiducial.reference.kinds import ReferencePlan, Schedule, Source
+from fiducial.reference.kinds import ReferencePlan, Source
 from fiducial.reference.precision import sees_gpu
 
 _FOLDER = "known"
@@ -52,7 +52,7 @@ def known_records(cfg: RunConfig, plan: ReferencePlan) -> int | None:
 
 
 def _path(cfg: RunConfig, plan: ReferencePlan) -> Path | None:
-    if plan.schedule is not Schedule.PRECOMPUTED or plan.checkpoint is None:
+    if not plan.kept or plan.checkpoint is None:
         return None
     files = list(_files(cfg, plan))
     if not files:

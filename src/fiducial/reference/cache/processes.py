@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 _T = TypeVar("_T")
@@ -22,6 +23,15 @@ def barrier() -> None:
     """Wait until every process is here."""
     if _distributed():
         dist.barrier()
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is true in any process; `device` is where this process's model is."""
+    if not _distributed():
+        return flag
+    found = torch.tensor(int(flag), device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return bool(found.item())
 
 
 def from_first(make: Callable[[], _T]) -> _T:

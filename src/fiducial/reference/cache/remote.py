@@ -4,9 +4,7 @@ Files never change, so a mirror is never stale. On a store that cannot rename, a
 written; it does not hold what its name says, and is fetched again later.
 """
 
-from fsspec import AbstractFileSystem
-
-from fiducial.reference.cache.filesystems import explained, open_location
+from fiducial.reference.cache.filesystems import explained, open_location, put_whole
 from fiducial.reference.cache.folder import RecordFolder
 from fiducial.reference.cache.names import ShardName, checksum
 from fiducial.reference.cache.places import MANIFEST, shown
@@ -31,14 +29,25 @@ class RemoteFolder:
             CacheError: The other machine does not answer.
         """
         with explained(self.location, "read"):
-            self._there = self._names()
-            for name in self._there - set(mirror.names()):
-                content: bytes = self._fs.cat_file(f"{self._path}/{name}")
-                parsed = ShardName.parse(name)
-                if parsed is not None and checksum(content) == parsed.checksum:
-                    mirror.write(name, content)
+            while not self._fetch(mirror):
+                pass  # what has gone since it was listed may have been merged into a file that the list lacks
         for marker in mirror.path.glob(f"*{UNSENT}"):
             self.push(mirror, marker.name.removesuffix(UNSENT))
+
+    def _fetch(self, mirror: RecordFolder) -> bool:
+        """Fetch the files that the mirror lacks; False if one of them was gone by then."""
+        self._there = self._names()
+        all_there = True
+        for name in self._there - set(mirror.names()):
+            try:
+                content: bytes = self._fs.cat_file(f"{self._path}/{name}")
+            except FileNotFoundError:
+                all_there = False
+                continue
+            parsed = ShardName.parse(name)
+            if parsed is not None and checksum(content) == parsed.checksum:
+                mirror.write(name, content)
+        return all_there
 
     def announce(self, mirror: RecordFolder, name: str) -> None:
         """Remember, before a file is written here, that it must be sent."""
@@ -55,8 +64,8 @@ class RemoteFolder:
             with explained(self.location, "written"):
                 self._fs.makedirs(self._path, exist_ok=True)
                 if not self._fs.exists(f"{self._path}/{MANIFEST}"):
-                    self._put(MANIFEST, (mirror.path / MANIFEST).read_bytes())
-                self._put(name, path.read_bytes())
+                    put_whole(self._fs, f"{self._path}/{MANIFEST}", (mirror.path / MANIFEST).read_bytes())
+                put_whole(self._fs, f"{self._path}/{name}", path.read_bytes())
         self._there.add(name)
         marker.unlink(missing_ok=True)
 
@@ -77,12 +86,3 @@ class RemoteFolder:
         except FileNotFoundError:
             return set()
         return {str(name) for path in found if (name := ShardName.parse(path))}
-
-    def _put(self, name: str, content: bytes) -> None:
-        final = f"{self._path}/{name}"
-        if type(self._fs).mv is AbstractFileSystem.mv:  # it would copy and delete; one put is as good
-            self._fs.pipe_file(final, content)
-            return
-        aside = f"{self._path}/.{name}.part"
-        self._fs.pipe_file(aside, content)
-        self._fs.mv(aside, final)

@@ -1,8 +1,7 @@
 """The pass that fills a store: everything that has no record, scored once, by all processes together."""
 
 import time
-from collections.abc import Callable
-from itertools import accumulate
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -79,10 +78,14 @@ def _plan(
     def decide() -> tuple[list[Pass], str | None]:
         todo = look_up(groups, store)
         unfinished = Unfinished.of(store, todo, f"{budget} {scorer.layout}")
+        begun = unfinished.resume(todo)
+        # A run that has ended since the records were read took its memory along, and left its records.
+        while todo.parts and begun is None and store.reload():
+            todo = look_up(groups, store)
+            begun = unfinished.resume(todo)
         if not todo.parts:
             unfinished.end()
             return [], None
-        begun = unfinished.resume(todo)
         passes = cut_passes(begun or todo.parts, groups, budget, COSTS[scorer.layout])
         if begun is None:
             unfinished.begin(todo.parts)
@@ -146,22 +149,28 @@ class _Worker:
         batch = self._scorer.pack(wanted)
         logps = self._reference.token_logps(batch)
         assert logps is not None, "there is no reference to score"
-        values: Logps = logps.values.float().cpu().numpy()
-        ends = iter(accumulate(len(completion) for group in wanted for completion in group.completions))
-        for group in wanted:
-            for key, completion in zip(group.keys, group.completions, strict=True):
-                end = next(ends)
-                self._keep(key, values[end - len(completion) : end].copy(), group)
+        self.scored += put_logps(wanted, logps, self._store, self._scorer)
 
-    def _keep(self, key: str, values: Logps, group: TokenizedGroup) -> None:
-        if not np.isfinite(values).all():
-            raise TrainingError(
-                f"the reference's log-probs of completion {key} are not finite. Its numbers overflow in "
-                f"{self._scorer.autocast or self._scorer.model.dtype}: use bf16 instead of fp16, or check "
-                "the checkpoint."
-            )
-        self._store.put(key, values, group)
-        self.scored += 1
+
+def put_logps(groups: Sequence[TokenizedGroup], logps: TokenLogps, store: LogpStore, scorer: Scorer) -> int:
+    """Keep what one forward pass gave for `groups`; returns how many completions they are.
+
+    Raises:
+        TrainingError: A log-prob is not finite. Those before it are kept.
+    """
+    values: Logps = logps.values.float().cpu().numpy()
+    end = 0
+    for group in groups:
+        for key, completion in zip(group.keys, group.completions, strict=True):
+            start, end = end, end + len(completion)
+            if not np.isfinite(values[start:end]).all():
+                raise TrainingError(
+                    f"the reference's log-probs of completion {key} are not finite. Its numbers overflow in "
+                    f"{scorer.autocast or scorer.model.dtype}: use bf16 instead of fp16, or check the "
+                    "checkpoint."
+                )
+            store.put(key, values[start:end].copy(), group)
+    return sum(len(group.completions) for group in groups)
 
 
 def _require_all(passes: list[Pass], groups: Groups, store: LogpStore) -> None:

@@ -153,6 +153,10 @@ class LogpStore:
         self._pending.clear()
         self._without_stopping(lambda remote: remote.push(self._home.shared, name))
 
+    def forget_unwritten(self) -> None:
+        """Drop what `flush` has not written: it is scored again where it is asked for."""
+        self._pending.clear()
+
     def write(self, name: str, content: bytes | memoryview) -> None:
         """Write a file beside the records, wherever this run may write.
 
@@ -161,41 +165,48 @@ class LogpStore:
         """
         self._home.write(name, content)
 
-    def reload(self) -> None:
-        """Read what other processes have written since.
+    def reload(self) -> bool:
+        """Read what other processes have written since; says whether there was anything.
 
         Raises:
             CacheError: The folder cannot be read.
         """
         self._without_stopping(lambda remote: remote.pull(self._home.shared))
+        before = len(self._shards)
         self._read_folders()
+        return len(self._shards) > before
 
     def _read_folders(self) -> None:
         for folder in self._home.folders:
-            try:
-                names = folder.names()
-            except OSError as error:
-                raise CacheError(
-                    f"reference log-probs cannot be read from {folder.path}: {error}."
-                ) from error
-            for name in names:
-                if folder.path / name not in self._seen:
-                    self._open(folder.path / name)
+            # What has gone since it was listed may have been merged into a file that the list lacks.
+            while self._read(folder):
+                pass
 
-    def _open(self, path: Path) -> None:
+    def _read(self, folder: RecordFolder) -> bool:
+        """Open the files of a folder that are new; says whether one of them was gone by then."""
+        try:
+            names = folder.names()
+        except OSError as error:
+            raise CacheError(f"reference log-probs cannot be read from {folder.path}: {error}.") from error
+        new = [path for name in names if (path := folder.path / name) not in self._seen]
+        return not all([self._open(path) for path in new])
+
+    def _open(self, path: Path) -> bool:
+        """Take a file in, or say why not; False where it is gone."""
         self._seen.add(path)
         try:
             shard = Shard.open(path, self.identity.digest)
-        except FileNotFoundError:  # another process removed it since it was listed
-            return
+        except FileNotFoundError:
+            return False
         except OSError as error:
             self._tell(f"{path} cannot be read: {error.strerror}. Its completions are scored again.")
-            return
+            return True
         except DamagedShardError as error:
             self._tell(f"{path} is damaged: {error}. It is set aside; its completions are scored again.")
             self._set_aside(path)
-            return
+            return True
         self._add(shard)
+        return True
 
     def _add(self, shard: Shard) -> None:
         self._by_key.add(shard.keys, len(self._shards))

@@ -14,10 +14,9 @@ import pytest
 from rich.console import Console
 
 from fiducial.errors import CacheError
-from fiducial.reference.cache import LogpStore
+from fiducial.reference.cache import LogpStore, remote
 from fiducial.reference.cache.inventory import Inventory
 from fiducial.reference.cache.places import is_remote, local_folder, shown
-from fiducial.reference.cache.remote import RemoteFolder
 from fiducial.reference.identity import Identity
 from fiducial.train import preprocess
 from run_configs import run_config
@@ -119,7 +118,7 @@ def test_what_could_not_be_sent_is_kept_and_sent_by_the_next_run(
         def unreachable(*arguments: object) -> None:
             raise ConnectionResetError("the line is cut")
 
-        patch.setattr(RemoteFolder, "_put", unreachable)
+        patch.setattr(remote, "put_whole", unreachable)
         fill(store, GROUPS[:2])
         fill(store, GROUPS[2:])
     assert all(store.missing(group) is None for group in GROUPS), "the run goes on"

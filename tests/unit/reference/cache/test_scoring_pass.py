@@ -234,6 +234,25 @@ def test_two_runs_at_once_begin_at_opposite_ends(tmp_path: Path) -> None:
     assert seen[:2] == [by_length[-1].keys, by_length[0].keys]
 
 
+def test_a_run_that_ends_while_another_begins_leaves_it_nothing_to_score(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups, ended = random_groups(12), []
+
+    def meanwhile(groups, store):
+        todo = look_up(groups, store)
+        if not ended:
+            ended.append(True)
+            score(tmp_path, groups, MIXED)
+        return todo
+
+    with pytest.raises(KeyboardInterrupt):
+        score(tmp_path, groups, MIXED, stop_after=2)
+    monkeypatch.setattr(scoring, "look_up", meanwhile)
+    _, sequences = score(tmp_path, groups, MIXED)
+    assert sequences == [], "other passes than the first run's would give other bits"
+
+
 def test_log_probs_that_are_not_finite_are_not_stored(tmp_path: Path) -> None:
     groups, scorer = random_groups(2), policy()
     torch.nn.init.constant_(scorer.model.lm_head.weight, torch.nan)

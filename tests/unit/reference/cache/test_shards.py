@@ -108,17 +108,20 @@ def test_a_file_s_name_is_its_manifest() -> None:
         assert ShardName.parse(other) is None
 
 
-def test_the_index_finds_what_a_dictionary_finds() -> None:
+@pytest.mark.parametrize("asked_on_the_way", [False, True])
+def test_the_index_finds_what_a_dictionary_finds(asked_on_the_way: bool) -> None:
     rng = np.random.default_rng(0)
     index, naive = KeyIndex(), {}
     assert list(index.find(bytes(16))) == []
     assert len(index) == 0
-    for shard in range(4):
-        keys = rng.integers(0, 3, (200, 16), dtype=np.uint8)
+    for shard, size in enumerate((200, 90, 30, 200)):
+        keys = rng.integers(0, 3, (size, 16), dtype=np.uint8)
         keys[:, 2:14] = 255  # halves beyond what a signed word holds, and many equal ones
         index.add(keys, shard)
         for row, key in enumerate(keys):
             naive.setdefault(key.tobytes(), []).append((shard, row))
+        if asked_on_the_way:
+            assert all(list(index.find(key)) == where for key, where in naive.items())
     assert len(index) == len(naive) == 81
     assert all(list(index.find(key)) == where for key, where in naive.items())
     index.remove(2)
