@@ -116,11 +116,12 @@ class Inventory:
         )
 
     def _list(self, folder: str) -> list[dict[str, Any]]:
+        path = f"{self._root}/{folder}".rstrip("/")
         self._fs.invalidate_cache()
         try:
-            found: list[dict[str, Any]] = self._fs.ls(f"{self._root}/{folder}".rstrip("/"), detail=True)
-        except FileNotFoundError:
-            return []
+            found: list[dict[str, Any]] = self._fs.ls(path, detail=True)
+        except FileNotFoundError:  # of the folder, or of a file that has gone since the listing began
+            return self._list(folder) if self._fs.exists(path) else []
         return found
 
 

@@ -7,7 +7,9 @@ gone that it had seen. Of equal keys the record that was read before is kept, so
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -47,25 +49,27 @@ class _Merge:
         self._local = None if is_remote(location) else RecordFolder(Path(self._folder))
 
     def run(self) -> tuple[int, int]:
-        sizes = self._sizes()
-        small = [name for name, size in sizes.items() if size < SMALL_BYTES]
+        entries = self._entries()
+        small = [name for name, entry in entries.items() if int(entry["size"]) < SMALL_BYTES]
         if len(small) < 2:
             return 0, 0
-        last_change = max(modified(self._fs, self._fs.info(self._path(name))) for name in small)
+        last_change = max(modified(self._fs, entries[name]) for name in small)
         opened: list[str] = []
-        made = [self._write(part, last_change) for part in self._parts(list(sizes), set(small), opened)]
+        made = [self._write(part, last_change) for part in self._parts(list(entries), set(small), opened)]
         for name in opened:
             self._delete(name)
         return len(opened), len(made)
 
-    def _sizes(self) -> dict[str, int]:
-        """Bytes of each file of records, oldest first."""
+    def _entries(self) -> dict[str, dict[str, Any]]:
+        """What is told of each file of records, oldest first."""
         self._fs.invalidate_cache()
-        entries = {
-            entry["name"].rpartition("/")[2]: entry for entry in self._fs.ls(self._folder, detail=True)
-        }
+        try:
+            listed = self._fs.ls(self._folder, detail=True)
+        except FileNotFoundError:  # of a file that has gone since the listing began, or of the folder
+            return self._entries() if self._fs.exists(self._folder) else {}
+        entries = {entry["name"].rpartition("/")[2]: entry for entry in listed}
         names = sorted(name for each in entries if (name := ShardName.parse(each)))
-        return {str(name): int(entries[str(name)]["size"]) for name in names}
+        return {str(name): entries[str(name)] for name in names}
 
     def _parts(self, names: list[str], small: set[str], opened: list[str]) -> Iterator[list[Record]]:
         """Records of the small files that a reader of all files would use, in parts that fill a file."""
@@ -109,7 +113,8 @@ class _Merge:
             put_whole(self._fs, self._path(name), bytes(content))
             return name
         self._local.write(name, content)
-        os.utime(self._path(name), (last_change, last_change))  # merging is no use of the records
+        with suppress(FileNotFoundError):  # another process has merged it by now
+            os.utime(self._path(name), (last_change, last_change))  # merging is no use of the records
         return name
 
     def _delete(self, name: str) -> None:
