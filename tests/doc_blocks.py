@@ -83,6 +83,9 @@ def localised(settings: dict[str, Any]) -> dict[str, Any]:
         changed["test_datasets"] = [{"path": "pairs.jsonl"}]
     if settings.get("lora_model_dir"):
         changed["lora_model_dir"] = "adapter"
-    if (settings.get("reference") or {}).get("model"):
-        changed["reference"] = settings["reference"] | {"model": "other"}
+    places = {"model": "other", "adapter": "adapter"}
+    reference = settings.get("reference") or {}
+    found = {key: place for key, place in places.items() if key in reference}
+    if found:
+        changed["reference"] = reference | found
     return changed

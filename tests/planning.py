@@ -62,8 +62,11 @@ def facts_of(
     if cfg.adapter is not None and cfg.adapter.path is not None:
         given = {"peft_type": "LORA", "bias": cfg.adapter.bias} | adapter
         resumed = AdapterFacts(cfg.adapter.path, **given)
-    reference = model(cfg.reference.model, reference_vocab) if cfg.reference.model else None
-    return Facts(model(cfg.model.base_model), resumed, reference)
+    asked = cfg.reference
+    checkpoint = asked.model is not None and asked.endpoint is None
+    reference = model(str(asked.model), reference_vocab) if checkpoint else None
+    other = AdapterFacts(asked.adapter, "LORA", key="reference.adapter") if asked.adapter else None
+    return Facts(model(cfg.model.base_model), resumed, reference, reference_adapter=other)
 
 
 def decision(result: ReferencePlan) -> tuple[Source, Schedule | None]:

@@ -92,10 +92,11 @@ def save_checkpoint(path: Path, family: str = "llama", *, seed: int = 0, **overr
     return path
 
 
-def save_adapter(path: Path, base: Path) -> Path:
+def save_adapter(path: Path, base: Path, **config: Any) -> Path:
     """A rank-4 LoRA on the checkpoint `base` that has been trained: it moves the policy from its base."""
     model = AutoModelForCausalLM.from_pretrained(base)
-    adapter = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **config)
+    adapter = get_peft_model(model, lora)
     torch.manual_seed(0)
     with torch.no_grad():
         for name, value in adapter.named_parameters():

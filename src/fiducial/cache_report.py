@@ -7,13 +7,13 @@ from rich.markup import escape
 
 from fiducial.config.schema import RunConfig
 from fiducial.data.dataset import TokenizedDataset
-from fiducial.prepare import Run, load_policy, load_second_model, read_run
+from fiducial.prepare import Run, identify_reference, load_policy, load_second_model, read_run
 from fiducial.reference.cache.inventory import CachedReference, Inventory
 from fiducial.reference.cache.opening import open_store
 from fiducial.reference.cache.passes import Groups, look_up, take
 from fiducial.reference.cache.store import LogpStore
 from fiducial.reference.differences import differences
-from fiducial.reference.identity import Identity, identify
+from fiducial.reference.identity import SERVED, Identity
 from fiducial.reference.predicted import predict_identity
 from fiducial.training.arguments import training_arguments
 from fiducial.training.budget import choose_token_budget
@@ -105,10 +105,11 @@ def _nearest(
 
 
 def _load_to_identify(run: Run) -> Identity:
-    args = training_arguments(run.cfg, num_rows=len(run.data.train), has_evaluation=False)
+    has_evaluation = run.data.evaluation is not None
+    args = training_arguments(run.cfg, num_rows=len(run.data.train), has_evaluation=has_evaluation)
     budget = choose_token_budget(run.cfg, run.facts, run.plan, args.device)
     policy = load_policy(run, args.device, budget)
-    return identify(run.plan, load_second_model(run, args.device) or policy.scorer)
+    return identify_reference(run, policy, load_second_model(run, args.device))
 
 
 def _datasets(run: Run) -> dict[str, TokenizedDataset]:
@@ -123,5 +124,7 @@ def _name(checkpoint: str, digest: str) -> str:
 
 
 def _numerics(identity: Identity) -> str:
+    if identity.dtype == SERVED:
+        return "as its server computes"
     autocast = "" if identity.autocast == "None" else f", products in {identity.autocast}"
     return f"weights in {identity.dtype}{autocast}"

@@ -34,6 +34,12 @@ def merge_adapter(cfg: RunConfig, output: Path | None = None) -> Path:
     target = output or trained / "merged"
     adapter = _trained_adapter(cfg, trained)
     _keep_sources(target, cfg, trained)
+    base = read_config(Checkpoint(cfg.model.base_model, cfg.model.revision), cfg.model, {})
+    if getattr(base, "quantization_config", None) is not None:
+        raise ModelError(
+            f"base_model: {cfg.model.base_model} holds quantised weights, and merging would round them "
+            "again. Name the checkpoint it was made from, or load the adapter beside it."
+        )
 
     has_tokenizer = (trained / "tokenizer_config.json").is_file()
     tokenizer_cfg = cfg.tokenizer.model_copy(update={"path": str(trained)} if has_tokenizer else {})
@@ -51,7 +57,6 @@ def merge_adapter(cfg: RunConfig, output: Path | None = None) -> Path:
     policy, _ = ModelLoader(run, tokenizer).load()
     assert isinstance(policy, PeftModel)
     merged = policy.merge_and_unload(safe_merge=True)
-    base = read_config(Checkpoint(cfg.model.base_model, cfg.model.revision), cfg.model, {})
     merged.to(base.dtype or merged.dtype).save_pretrained(target)
     tokenizer.save_pretrained(target)
     return target

@@ -29,21 +29,34 @@ from fiducial.logps import ENTROPY
 from fiducial.losses import build_loss
 from fiducial.model.layout import LayoutChoice, choose_layout
 from fiducial.model.loader import ModelLoader
+from fiducial.model.offload import is_offloaded
 from fiducial.model.precision import resolve_precision
+from fiducial.model.quantisation import is_quantised
 from fiducial.model.scoring import Scorer
 from fiducial.model.tokenizer import load_tokenizer
+from fiducial.reference.approximation import Approximation, measure_approximation
 from fiducial.reference.cache import LogpStore
 from fiducial.reference.cache.known import remember
 from fiducial.reference.cache.opening import open_store
 from fiducial.reference.facts import Facts, gather_facts
-from fiducial.reference.fill import fill, tell_checked, warn
-from fiducial.reference.identity import Identity, identify
+from fiducial.reference.fill import fill, fill_from_server, tell_checked, warn
+from fiducial.reference.identity import Identity, identify_served
 from fiducial.reference.kept import Kept
 from fiducial.reference.kinds import ReferencePlan, Schedule, Source
 from fiducial.reference.moving import Follower, build_follower
+from fiducial.reference.named_adapter import put_named_adapter, take_named_adapter
 from fiducial.reference.plan import plan_reference
+from fiducial.reference.predicted import identify_loaded
 from fiducial.reference.setup import setup_reference_model
-from fiducial.reference.sources import NoReference, Reference, build_reference, build_scoring_reference
+from fiducial.reference.sources import (
+    InitialPolicy,
+    NoReference,
+    Reference,
+    SeparateModel,
+    Served,
+    build_reference,
+    build_scoring_reference,
+)
 from fiducial.reference.spot_check import spot_check
 from fiducial.reference.verify import Proof, prove_reference, require_adapter_off
 from fiducial.run_record import RunRecord, require_same_reference
@@ -106,6 +119,8 @@ class ProvedReference:
     """Which weights it was before step 1; None without a reference, and in all processes but the first."""
     follower: Follower | None = None
     """What moves the reference, where the plan has it follow the policy."""
+    approximation: Approximation | None = None
+    """How far it is from the exact reference, where it is held less exactly."""
 
 
 def read_run(cfg: RunConfig | Mapping[str, Any], console: Console | None = None) -> Run:
@@ -177,8 +192,12 @@ def score_ahead(
     """
     if not run.precomputes:
         return None
+    if run.plan.source is Source.ENDPOINT:
+        return _ask_server(run, policy, _datasets(run.data) if datasets is None else datasets)
     second = load_second_model(run, device)
     scorer = second or policy.scorer
+    with all_or_none():
+        put_named_adapter(run.plan, policy.model, pickle=run.cfg.model.allow_pickle_weights)
     store = _open_store(run, scorer)
     reference = build_scoring_reference(run.plan, policy.scorer, second)
     noise = fill(
@@ -191,9 +210,43 @@ def score_ahead(
         flush_seconds=run.cfg.reference.flush_seconds,
     )
     del second, scorer, reference
+    take_named_adapter(run.plan, policy.model)
+    _free()
+    return ScoredAhead(store, noise)
+
+
+def identify_reference(run: Run, policy: Policy, second: Scorer | None) -> Identity:
+    """The identity of the run's reference.
+
+    The policy is left with the adapter that is named for the reference, if there is one beside its own.
+
+    Raises:
+        ModelError: The reference's weights are kept elsewhere, and are not those of its files.
+    """
+    with all_or_none():
+        put_named_adapter(run.plan, policy.model, pickle=run.cfg.model.allow_pickle_weights)
+        return identify_loaded(run.cfg, run.plan, run.tokenizer, second or policy.scorer)
+
+
+def _ask_server(run: Run, policy: Policy, datasets: Mapping[str, TokenizedDataset]) -> ScoredAhead:
+    assert run.plan.checkpoint is not None, "a server was named"
+    store = _store_of(run, _unchanged(run, identify_served(run.plan.checkpoint)))
+    reference = build_scoring_reference(run.plan, policy.scorer)
+    assert isinstance(reference, Served)
+    fill_from_server(
+        store,
+        datasets,
+        reference,
+        policy.scorer,
+        console=run.console,
+        flush_seconds=run.cfg.reference.flush_seconds,
+    )
+    return ScoredAhead(store, 0.0)
+
+
+def _free() -> None:
     gc.collect()
     torch.cuda.empty_cache()
-    return ScoredAhead(store, noise)
 
 
 def prove(
@@ -215,6 +268,9 @@ def prove(
     if run.plan.source is Source.ADAPTER_OFF:
         require_adapter_off(policy.scorer, groups)
     second = None if run.precomputes else load_second_model(run, device)
+    if not run.precomputes:
+        with all_or_none():
+            put_named_adapter(run.plan, policy.model, pickle=run.cfg.model.allow_pickle_weights)
     reference = build_reference(run.plan, policy.scorer, second, None if ahead is None else ahead.store)
     if isinstance(reference, NoReference):
         return ProvedReference(reference, groups, None)
@@ -223,11 +279,12 @@ def prove(
         identity = ahead.store.identity
     elif is_first_process():  # weights are hashed once, not by every process
         identity = _identify(run, second or policy.scorer)
+    approximation = _measured(run, policy, reference, groups)
     proof = prove_reference(
         policy.scorer,
         reference,
         groups,
-        expected_equal=run.plan.equals_starting_policy,
+        expected_equal=run.plan.equals_starting_policy and approximation is None,
         pass_tokens=policy.micro_batch_tokens,
         known_noise=0.0 if ahead is None else ahead.noise,
     )
@@ -236,7 +293,33 @@ def prove(
     follower = None
     if run.plan.sync is not None:
         follower = build_follower(policy.model, None if second is None else second.model, run.plan.sync)
-    return ProvedReference(reference, groups, proof, identity, follower)
+    return ProvedReference(reference, groups, proof, identity, follower, approximation)
+
+
+def _measured(
+    run: Run, policy: Policy, reference: Reference, groups: list[TokenizedGroup]
+) -> Approximation | None:
+    """The error of a reference that is held less exactly than the policy; None where it is not."""
+    how = run.plan.approximate
+    if how is None:
+        return None
+    with all_or_none():
+        starts_there = run.plan.equals_starting_policy
+        exact: Reference = InitialPolicy(policy.scorer) if starts_there else SeparateModel(_exact_model(run))
+    try:
+        return measure_approximation(reference, exact, policy.scorer, groups, how)
+    finally:
+        del exact
+        _free()
+
+
+def _exact_model(run: Run) -> Scorer:
+    """The second model held as the policy is, on the CPU, for the moment in which it is compared with."""
+    whole = {"dtype": None, "load_in_8bit": False, "load_in_4bit": False, "device": "cpu", "offload": None}
+    held = run.cfg.reference.model_copy(update=whole)
+    cfg = run.cfg.model_copy(update={"reference": held})
+    model, _ = ModelLoader(cfg, run.tokenizer, reference_model=True).load()
+    return _scorer(run, model, torch.device("cpu"))[0]
 
 
 def build_objective(run: Run, policy: Policy, judged: ProvedReference) -> Objective:
@@ -255,7 +338,10 @@ def typical_groups(data: TokenizedDataset) -> list[TokenizedGroup]:
 
 def _identify(run: Run, scorer: Scorer) -> Identity:
     """The reference's identity, which must be the one the run's record has."""
-    identity = identify(run.plan, scorer)
+    return _unchanged(run, identify_loaded(run.cfg, run.plan, run.tokenizer, scorer))
+
+
+def _unchanged(run: Run, identity: Identity) -> Identity:
     if run.record is not None:
         for change in require_same_reference(run.record, identity.as_dict()):
             warn(run.console, f"the reference is the same as when the run started, but {change}.")
@@ -263,7 +349,7 @@ def _identify(run: Run, scorer: Scorer) -> Identity:
 
 
 def _scorer(run: Run, model: Any, device: torch.device) -> tuple[Scorer, LayoutChoice]:
-    if not (run.cfg.model.load_in_8bit or run.cfg.model.load_in_4bit):  # those are where they are
+    if not (is_quantised(model) or is_offloaded(model)):  # those are where they are
         model.to(device)
     autocast = resolve_precision(run.cfg, device).autocast
     layout = choose_layout(
@@ -280,6 +366,10 @@ def _open_store(run: Run, scorer: Scorer) -> LogpStore:
     """The records of the reference that `scorer` holds; before step 1, and before weights are sharded."""
     identity = _identify(run, scorer)
     remember(run.cfg, run.plan, identity.digest)
+    return _store_of(run, identity)
+
+
+def _store_of(run: Run, identity: Identity) -> LogpStore:
     return open_store(run.cfg, identity, tell=lambda sentence: warn(run.console, sentence))
 
 

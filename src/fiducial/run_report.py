@@ -84,7 +84,10 @@ class RunReport:
         self.record["layout"] = {"layout": policy.layout.layout, "why": policy.layout.why}
         self.run.console.print(f"Layout: {policy.layout.layout}. {policy.layout.why}", soft_wrap=True)
         if judged.proof is not None:
-            self.record["proof"] = judged.proof.as_dict()
+            measured = judged.approximation
+            self.record["proof"] = judged.proof.as_dict() | {"approximation": measured and asdict(measured)}
+            if measured is not None:
+                self.run.console.print(measured.sentence(), soft_wrap=True)
             self.run.console.print(judged.proof.sentence(), soft_wrap=True)
 
     def add_end(self, sync: ReferenceSync | None, moved: float | None) -> None:

@@ -11,29 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from fiducial.config.load import validate_config
 from fiducial.config.schema import RunConfig
-from fiducial.model.loader import ModelLoader
 from fiducial.model.scoring import Scorer
-from fiducial.reference.cache import LogpStore, score_reference
 from fiducial.reference.facts import gather_facts
-from fiducial.reference.identity import identify
-from fiducial.reference.plan import ReferencePlan, Schedule, Source, plan_reference
-from fiducial.reference.sources import (
-    SOURCES,
-    AdapterOff,
-    Reference,
-    SeparateModel,
-    build_reference,
-    build_scoring_reference,
-)
+from fiducial.reference.plan import Schedule, Source, plan_reference
+from fiducial.reference.sources import SOURCES, AdapterOff, SeparateModel
 from fiducial.reference.verify import check_unmoved, prove_reference, require_adapter_off
-from tiny import random_groups, save_adapter, save_checkpoint, tiny_tokenizer
+from reference_harness import GROUPS, answers, furthest, load_policy, reference_by_plan, train
+from tiny import save_adapter, save_checkpoint
 
-GROUPS = random_groups(4)
 LORA: dict[str, Any] = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True}
 
 SAME = 1e-4
@@ -110,51 +99,6 @@ def configure(folder: Path, kind: Kind, schedule: Schedule) -> RunConfig:
     return validate_config(keys)
 
 
-def load_policy(cfg: RunConfig) -> Scorer:
-    model, _ = ModelLoader(cfg, tiny_tokenizer()).load()
-    return Scorer(model.train(), layout="packed")
-
-
-def second_model(cfg: RunConfig, plan: ReferencePlan) -> Scorer | None:
-    if plan.source is not Source.SEPARATE_MODEL:
-        return None
-    model, _ = ModelLoader(cfg, tiny_tokenizer(), reference_model=True).load()
-    return Scorer(model, layout="packed")
-
-
-def reference_by_plan(plan: ReferencePlan, cfg: RunConfig, policy: Scorer, folder: Path) -> Reference:
-    second = second_model(cfg, plan)
-    if plan.schedule is Schedule.LIVE:
-        return build_reference(plan, policy, second)
-    store = LogpStore(folder, identify(plan, second or policy))
-    source = build_scoring_reference(plan, policy, second)
-    score_reference(GROUPS, source, second or policy, store, token_budget=96)
-    return build_reference(plan, policy, store=store)
-
-
-def answers(reference: Reference, policy: Scorer) -> Tensor:
-    logps = reference.token_logps(policy.pack(GROUPS))
-    assert logps is not None
-    return logps.values
-
-
-def train(policy: Scorer, reference: Reference, steps: int = 3) -> None:
-    parameters = [value for value in policy.model.parameters() if value.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
-    for _ in range(steps):
-        batch = policy.pack(GROUPS)
-        compared = reference.token_logps(batch)
-        ratios = policy(batch).reduce().sum - compared.reduce().sum
-        margins = ratios[0::2] - ratios[1::2]
-        (-torch.nn.functional.logsigmoid(0.1 * margins).mean()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def furthest(first: Tensor, second: Tensor) -> float:
-    return (first - second).abs().max().item()
-
-
 @pytest.mark.parametrize("schedule", STANDING)
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_the_planned_reference_is_the_starting_policy(
@@ -185,7 +129,8 @@ def test_the_planned_reference_is_the_starting_policy(
 
 def test_every_source_and_schedule_is_reached() -> None:
     reached = {(getattr(kind, schedule.value), schedule) for kind in KINDS.values() for schedule in STANDING}
-    assert {source for source, _ in reached} == set(SOURCES) - {Source.NONE}
+    # A server is another policy: tests/contract/test_other_references.py.
+    assert {source for source, _ in reached} == set(SOURCES) - {Source.NONE, Source.ENDPOINT}
 
 
 @pytest.mark.parametrize("name", ["pissa", "olora", "random start", "resumed"])

@@ -19,7 +19,7 @@ from fiducial.cache_command import duration, size
 from fiducial.errors import ConfigError
 from fiducial.train import preprocess
 from run_configs import run_config, write_pairs
-from tiny import save_checkpoint
+from tiny import save_adapter, save_checkpoint
 
 Cache = Callable[..., Result]
 
@@ -189,6 +189,16 @@ def test_where_files_do_not_tell_the_model_is_loaded(cache: Cache, tmp_path: Pat
     assert "are only there" in explained(
         cache, tmp_path, {key: value for key, value in settings.items() if key not in adapter}
     )
+
+
+def test_a_named_adapter_is_explained_in_a_run_that_evaluates(cache: Cache, tmp_path: Path) -> None:
+    base = save_checkpoint(tmp_path / "base-llama")
+    named = {"adapter": str(save_adapter(tmp_path / "sft", base))}
+    adapter = {"adapter": "lora", "lora_r": 4, "lora_target_linear": True, "reference": named}
+    settings = filled(tmp_path, **adapter, val_set_size=2, eval_steps=1)
+    said = explained(cache, tmp_path, settings)
+    assert "all 20 completions" in said
+    assert "all 4 completions" in said
 
 
 def test_a_run_that_reads_no_cache_is_told(cache: Cache, tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ def test_example_is_planned(example: Path, workspace: Path) -> None:
 
 
 EXPECTED_SOURCE = {
+    "adapter-reference.yaml": "frozen_adapter",
     "gemma-2-simpo.yaml": "none",
     "hh-transcripts.yaml": "initial_policy",
     "llama-3-8b-dpo-lora.yaml": "adapter_off",
@@ -68,6 +69,7 @@ EXPECTED_SOURCE = {
     "quickstart/lora.yaml": "adapter_off",
     "qwen-dpo-full.yaml": "initial_policy",
     "resumed-adapter.yaml": "frozen_adapter",
+    "served-reference.yaml": "endpoint",
 }
 REFERENCE_FREE = {"alphapo", "cpo", "cpo_hinge", "cpo_ipo", "orpo", "sft", "simpo", "tpo", "tpo_l"}
 LIVE = {"tdpo1", "tdpo2"}

@@ -12,6 +12,9 @@ from fiducial.config.schedule_keys import held_out
 
 QUANTISED = ("load_in_8bit", "load_in_4bit")
 
+_DECOMPOSED = ("pissa", "mica", "loftq")
+"""Starts of an adapter that PEFT makes from base weights held in full alone."""
+
 ADAPTER_OPTIONS = ("lora_", "peft_")
 """How keys begin that only an adapter reads; `peft` itself is one too."""
 
@@ -19,11 +22,12 @@ EXCLUSIVE = (
     ("warmup_steps", "warmup_ratio"),
     ("val_set_size", "test_datasets"),
     ("load_in_8bit", "load_in_4bit"),
+    ("load_in_8bit", "reinit_weights"),
+    ("load_in_4bit", "reinit_weights"),
 )
 
 NEEDS = (
     ("peft_layers_pattern", "peft_layers_to_transform", "the pattern says where those layers are"),
-    ("bnb_config_kwargs", "load_in_4bit", "bitsandbytes is used for 4-bit weights only"),
     ("greater_is_better", "metric_for_best_model", "it says which way that metric counts"),
     ("streaming", "max_steps", "a stream has no length to count epochs by"),
     ("streaming_multipack_buffer_size", "streaming", "other data is shuffled as a whole"),
@@ -74,6 +78,17 @@ def _adapter(settings: Settings) -> Outcomes:
 
 def _quantisation(settings: Settings) -> Outcomes:
     adapter = settings.get("adapter")
+    quantised = any(settings.get(key) for key in QUANTISED)
+    if settings.get("bnb_config_kwargs") and not quantised:
+        yield Refuse(
+            "bnb_config_kwargs", "needs load_in_8bit or load_in_4bit: bitsandbytes is not used without"
+        )
+    start = settings.get("peft_init_lora_weights")
+    if quantised and str(start).startswith(_DECOMPOSED):
+        yield Refuse(
+            "peft_init_lora_weights",
+            "decomposes base weights, which are quantised here; write gaussian or true, or hold them in full",
+        )
     if adapter == "qlora" and not settings.get("load_in_4bit"):
         yield Refuse("adapter", "qlora needs load_in_4bit: true; write it, or adapter: lora")
     for key in QUANTISED:
@@ -111,14 +126,53 @@ def _reference(settings: Settings) -> Outcomes:
         yield Refuse(
             ("reference", "schedule"), "the initial policy is gone after step 1; write precomputed or auto"
         )
+    yield from _reference_details(block, source)
+    if source in ("adapter_off", "frozen_adapter") and settings.get("adapter") is None:
+        yield Refuse(("reference", "source"), f"{source} needs an adapter; write auto or separate_model")
+
+
+HELD = ("dtype", "load_in_8bit", "load_in_4bit", "device", "offload")
+"""How a second model is held."""
+
+
+def _reference_details(block: Settings, source: Any) -> Outcomes:
+    """Keys that say which other policy it is, or how a second model is held."""
+    given = [key for key, value in block.items() if value not in (None, False)]
     if source in ("adapter_off", "frozen_adapter", "initial_policy"):
-        for key in ("model", "revision", "dtype", "device"):
-            if key in block:
+        for key in given:
+            allowed = ("adapter",) if source == "frozen_adapter" else ()
+            if key in ("model", "revision", "adapter", *HELD) and key not in allowed:
                 yield Refuse(
                     ("reference", key), f"has no effect with source: {source}; write source: separate_model"
                 )
-    if source in ("adapter_off", "frozen_adapter") and settings.get("adapter") is None:
-        yield Refuse(("reference", "source"), f"{source} needs an adapter; write auto or separate_model")
+    if "load_in_8bit" in given and "load_in_4bit" in given:
+        yield Refuse(("reference", "load_in_4bit"), "contradicts load_in_8bit; keep one of them")
+    for key in ("load_in_8bit", "load_in_4bit", "device"):
+        if key in given and "offload" in given:
+            yield Refuse(("reference", key), "cannot be combined with offload; keep one of them")
+    yield from _endpoint(block, given, source)
+
+
+def _endpoint(block: Settings, given: list[str], source: Any) -> Outcomes:
+    """A reference behind a server."""
+    if "endpoint" not in given:
+        if source == "endpoint":
+            yield Refuse(("reference", "source"), "endpoint needs reference.endpoint: the server's URL")
+        return
+    if "model" not in given:
+        yield Refuse(("reference", "endpoint"), "needs reference.model: the model's name on that server")
+    if source not in ("auto", "endpoint"):
+        yield Refuse(("reference", "endpoint"), f"contradicts source: {source}; keep one of them")
+    for key in ("adapter", *HELD):
+        if key in given:
+            yield Refuse(("reference", key), "has no effect with endpoint: nothing is loaded here; remove it")
+    if not str(block["endpoint"]).startswith(("http://", "https://")):
+        yield Refuse(("reference", "endpoint"), "must be a URL, for example http://localhost:8000/v1")
+    elif "@" in str(block["endpoint"]) or "?" in str(block["endpoint"]):
+        yield Refuse(
+            ("reference", "endpoint"),
+            "must hold no credentials or query; put a key into the environment as FIDUCIAL_ENDPOINT_KEY",
+        )
 
 
 def _data(settings: Settings) -> Outcomes:

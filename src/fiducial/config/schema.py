@@ -14,7 +14,9 @@ from fiducial.config.section import Section
 DType = Literal["float32", "bfloat16", "float16"]
 AutoDType = DType | Literal["auto"]
 """`auto` is decided by the loader, which knows the hardware; the config imports no torch."""
-SourceChoice = Literal["auto", "none", "adapter_off", "frozen_adapter", "separate_model", "initial_policy"]
+SourceChoice = Literal[
+    "auto", "none", "adapter_off", "frozen_adapter", "separate_model", "initial_policy", "endpoint"
+]
 ScheduleChoice = Literal["auto", "live", "precomputed", "synced"]
 
 
@@ -114,11 +116,19 @@ class ReferenceConfig(Section):
 
     source: SourceChoice = "auto"
     schedule: ScheduleChoice = "auto"
-    model: str | None = None
-    """Another checkpoint to compare with, instead of the starting policy."""
+    model: str | None = Field(default=None, min_length=1)
+    """Another checkpoint to compare with, instead of the starting policy; with `endpoint` its name there."""
     revision: str | None = None
+    adapter: str | None = Field(default=None, min_length=1)
+    """An adapter that belongs to the reference: local folder or hub name."""
+    endpoint: str | None = Field(default=None, min_length=1)
+    """URL of an OpenAI-compatible server that answers with the log-probs of given tokens."""
     dtype: DType | None = None
+    load_in_8bit: bool = False
+    load_in_4bit: bool = False
     device: Literal["cpu"] | None = None
+    offload: Literal["cpu", "disk"] | None = None
+    """Where the layers of a second model are kept while they do not compute."""
     sync_steps: PositiveInt | None = None
     """With `schedule: synced`, optimizer steps from one move of the reference to the next; 512 if not set."""
     mixup_alpha: Annotated[float, Field(gt=0, le=1)] | None = None

@@ -6,8 +6,9 @@ and change the policy. It is added with a neutral start and the tensors are copi
 
 import copy
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +30,18 @@ POLICY_ADAPTER = "default"
 REFERENCE_ADAPTER = "reference"
 
 _T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class _SavedAdapter:
+    """An adapter on disk, and how to speak of it in errors."""
+
+    path: str
+    """As the user named it."""
+    folder: str
+    key: str
+
+
 _NEEDS_DATA = ("eva", "corda", "lora_ga")
 
 
@@ -85,27 +98,50 @@ def new_adapter(model: PreTrainedModel, cfg: AdapterConfig, *, float32: bool) ->
 
 
 def resume_adapter(
-    model: PreTrainedModel, path: str, *, trainable: bool, float32: bool, pickle: bool
+    model: PreTrainedModel,
+    path: str,
+    *,
+    trainable: bool,
+    float32: bool,
+    pickle: bool,
+    key: str = "lora_model_dir",
 ) -> PeftModel:
-    """`model` with the saved adapter at `path`, a folder or a hub name.
+    """`model` with the saved adapter at `path`, a folder or a hub name, that the YAML key `key` names.
 
     Raises:
         ModelError: It is missing, damaged, only there as pickle, or was trained on another base.
     """
-    folder = _adapter_folder(path, pickle=pickle)
-    with warnings.catch_warnings():
-        # Missing weights are an error here, raised below with their names.
-        warnings.filterwarnings("ignore", message="Found missing adapter keys")
+    source = _SavedAdapter(path, _adapter_folder(path, pickle=pickle, key=key), key)
+    with _own_word_for_missing_weights():
         policy: PeftModel = _attach(
             lambda: PeftModel.from_pretrained(
-                model, folder, POLICY_ADAPTER, is_trainable=trainable, autocast_adapter_dtype=float32
+                model, source.folder, POLICY_ADAPTER, is_trainable=trainable, autocast_adapter_dtype=float32
             ),
-            path,
+            source,
         )
-    _require_same_weights(policy, folder, path)
+    _require_same_weights(policy, POLICY_ADAPTER, source)
     if float32:
         _trained_modules_in_float32(policy)
     return policy
+
+
+def add_reference_adapter(
+    model: PeftModel, path: str, *, pickle: bool, key: str = "reference.adapter"
+) -> None:
+    """Put the saved adapter at `path` beside the policy's, frozen and named "reference".
+
+    Raises:
+        ModelError: It is missing, damaged, only there as pickle, or was trained on another base.
+    """
+    source = _SavedAdapter(path, _adapter_folder(path, pickle=pickle, key=key), key)
+    with _own_word_for_missing_weights():
+        _attach(
+            lambda: model.load_adapter(
+                source.folder, REFERENCE_ADAPTER, is_trainable=False, autocast_adapter_dtype=True
+            ),
+            source,
+        )
+    _require_same_weights(model, REFERENCE_ADAPTER, source)
 
 
 def freeze_copy(model: PeftModel) -> None:
@@ -179,45 +215,53 @@ def _as_lists(value: Any) -> Any:
     return value
 
 
-def _attach(attach: Callable[[], _T], path: str | None = None) -> _T:
+@contextmanager
+def _own_word_for_missing_weights() -> Iterator[None]:
+    # They are an error here, raised with their names.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")
+        yield
+
+
+def _attach(attach: Callable[[], _T], source: _SavedAdapter | None = None) -> _T:
     try:
         return attach()
     except (ValueError, RuntimeError, TypeError, KeyError, OSError, ImportError, SafetensorError) as error:
-        if path is None:
+        if source is None:
             raise ModelError(f"the adapter does not fit this model: {error}") from error
         raise ModelError(
-            f"lora_model_dir: the adapter in {path} does not fit this base model; was it trained on "
+            f"{source.key}: the adapter in {source.path} does not fit this base model; was it trained on "
             f"another?\n{error}"
         ) from error
 
 
-def _adapter_folder(path: str, *, pickle: bool) -> str:
+def _adapter_folder(path: str, *, pickle: bool, key: str) -> str:
     folder = Path(path)
     if not folder.is_dir():
         try:
             folder = Path(snapshot_download(path, allow_patterns=["adapter_config.json", "adapter_model.*"]))
         # An invalid name, no network, no such repository: the hub client has an exception class for each.
         except Exception as error:
-            raise ModelError(f"lora_model_dir: {path} is no folder, and not on the hub: {error}") from error
+            raise ModelError(f"{key}: {path} is no folder, and not on the hub: {error}") from error
     if not (folder / "adapter_config.json").is_file():
-        raise ModelError(f"lora_model_dir: {path} has no adapter_config.json, so it holds no adapter.")
+        raise ModelError(f"{key}: {path} has no adapter_config.json, so it holds no adapter.")
     if not (folder / "adapter_model.safetensors").is_file() and not pickle:
         raise ModelError(
-            f"lora_model_dir: {path} has no adapter_model.safetensors. Save the adapter again with PEFT, or "
+            f"{key}: {path} has no adapter_model.safetensors. Save the adapter again with PEFT, or "
             "set `allow_pickle_weights: true` if you trust where its .bin file comes from."
         )
     return str(folder)
 
 
-def _require_same_weights(model: PeftModel, folder: str, path: str) -> None:
-    stored = set(load_peft_weights(folder, device="cpu"))
-    held = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+def _require_same_weights(model: PeftModel, adapter: str, source: _SavedAdapter) -> None:
+    stored = set(load_peft_weights(source.folder, device="cpu"))
+    held = set(get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False))
     embeddings = {name for name in stored - held if "embed" in name or "lm_head" in name}
     missing, extra = sorted(held - stored), sorted(stored - held - embeddings)
     if missing or extra:
         verb, names = ("lacks", missing) if missing else ("holds", extra)
         raise ModelError(
-            f"lora_model_dir: the adapter in {path} {verb} {len(names)} weights that this base model "
+            f"{source.key}: the adapter in {source.path} {verb} {len(names)} weights that this base model "
             f"{'needs' if missing else 'has no place for'} ({names[0]}, …): it was trained on another base."
         )
 

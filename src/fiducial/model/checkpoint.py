@@ -122,14 +122,26 @@ def _first(names: list[str], count: int = 4) -> str:
     return ", ".join(names[:count]) + (", …" if len(names) > count else "")
 
 
+def _setting_in_the_way(at: str, reason: str) -> str | None:
+    """What to set or remove, where transformers says what it lacks."""
+    if "trust_remote_code" in reason:
+        return f"{at} runs code of its own. Read it, then set `trust_remote_code: true`.\n{reason}"
+    if "offload_folder" in reason:
+        return (
+            f"{at} is converted while it is loaded (as mixtures of experts are), so its layers cannot be "
+            "read from its files one by one: remove `reference.offload`, or write cpu."
+        )
+    return None
+
+
 def _cannot_open(checkpoint: Checkpoint, error: Exception) -> str:
     path, reason = checkpoint.path, str(error).strip()
     at = path if checkpoint.revision is None else f"{path} (revision {checkpoint.revision})"
     folder = Path(path)
     if path.startswith(("/", ".", "~")) and not folder.exists():
         return f"There is no folder {at}."
-    if "trust_remote_code" in reason:
-        return f"{at} runs code of its own. Read it, then set `trust_remote_code: true`.\n{reason}"
+    if (setting := _setting_in_the_way(at, reason)) is not None:
+        return setting
     if "Unrecognized configuration class" in reason:
         kind = re.search(r"(\w+)'>", reason)
         return (

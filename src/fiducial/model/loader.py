@@ -5,16 +5,14 @@ the run's seed and leaves the global random state alone, so a second load draws 
 on the CPU, from where accelerate moves them, except quantised ones, which bitsandbytes places while reading.
 """
 
-import importlib.util
 import logging
-import os
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, prepare_model_for_kbit_training
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from peft import PeftConfig, PeftModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fiducial import compat
 from fiducial.config.load import validate_config
@@ -22,9 +20,14 @@ from fiducial.config.schema import RunConfig
 from fiducial.errors import ModelError
 from fiducial.model import adapters
 from fiducial.model.checkpoint import load_weights, read_config
+from fiducial.model.offload import is_offloaded, layer_placement
 from fiducial.model.precision import Precision, resolve_precision
+from fiducial.model.quantisation import is_quantised, placement, prepare, require_computable
 from fiducial.model.randomness import drawn_from
+from fiducial.model.tokenizer import require_same_vocabulary
+from fiducial.reference.holding import Bits, policy_bits, reference_bits
 from fiducial.reference.plan import Checkpoint
+from fiducial.reference.start import on_starting_base
 
 __all__ = ["ModelLoader", "Precision", "resolve_precision"]
 
@@ -49,8 +52,9 @@ class ModelLoader:
         """The model, and its adapter's config if it has one.
 
         The policy comes with its adapter attached or resumed, and frozen where it is not to be trained. The
-        reference is the starting policy with a resumed adapter merged into it, or the checkpoint that
-        `reference.model` names: in eval mode, without dropout, adapter, or a parameter that takes a gradient.
+        reference is the starting policy with a resumed adapter merged into it, or what `reference.model`
+        and `reference.adapter` name: in eval mode, without dropout, adapter, or a parameter that takes a
+        gradient.
 
         Raises:
             ModelError: The checkpoint or the adapter cannot be used.
@@ -63,11 +67,12 @@ class ModelLoader:
         cfg = self.cfg
         precision = resolve_precision(cfg)
         checkpoint = Checkpoint(cfg.model.base_model, cfg.model.revision)
-        base = self._load_base(checkpoint, precision.weights, reinit=cfg.model.reinit_weights)
+        quantised = self._placement(checkpoint, precision.weights, policy_bits(cfg))
+        base = self._load_base(checkpoint, precision.weights, quantised, reinit=cfg.model.reinit_weights)
         model: PreTrainedModel | PeftModel = base
         if cfg.adapter is not None:
             model = self._with_adapter(base, precision)
-        elif _is_quantised(cfg):
+        elif is_quantised(base):
             raise ModelError(
                 "load_in_8bit and load_in_4bit freeze the weights: set `adapter: qlora` to train an adapter."
             )
@@ -83,46 +88,60 @@ class ModelLoader:
         float32 = self.cfg.adapter.autocast_adapter_dtype and precision.adapter == torch.float32
         with drawn_from(self.cfg.optimization.seed):
             if self.cfg.adapter.path is None:
-                return adapters.new_adapter(model, self.cfg.adapter, float32=float32)
-            return adapters.resume_adapter(
-                model,
-                self.cfg.adapter.path,
-                trainable=True,
-                float32=float32,
-                pickle=self.cfg.model.allow_pickle_weights,
-            )
+                policy = adapters.new_adapter(model, self.cfg.adapter, float32=float32)
+            else:
+                policy = adapters.resume_adapter(
+                    model,
+                    self.cfg.adapter.path,
+                    trainable=True,
+                    float32=float32,
+                    pickle=self.cfg.model.allow_pickle_weights,
+                )
+        require_computable(policy)
+        return policy
 
     def _load_reference(self) -> PreTrainedModel:
-        cfg = self.cfg
-        dtype = getattr(torch, cfg.reference.dtype) if cfg.reference.dtype else resolve_precision(cfg).weights
-        if cfg.reference.model is not None:
-            model = self._load_base(Checkpoint(cfg.reference.model, cfg.reference.revision), dtype)
-        else:
+        cfg, asked = self.cfg, self.cfg.reference
+        dtype = getattr(torch, asked.dtype) if asked.dtype else resolve_precision(cfg).weights
+        starts_there = asked.model is None
+        if asked.model is None:
             checkpoint = Checkpoint(cfg.model.base_model, cfg.model.revision)
-            model = self._load_base(checkpoint, dtype, reinit=cfg.model.reinit_weights)
-            if cfg.adapter is not None and cfg.adapter.path is not None:
-                model = self._merged(model, cfg.adapter.path)
+        else:
+            checkpoint = Checkpoint(asked.model, asked.revision)
+            if not on_starting_base(cfg):
+                trust = cfg.model.trust_remote_code
+                require_same_vocabulary(self.tokenizer, checkpoint, trust_remote_code=trust)
+        reinit = starts_there and cfg.model.reinit_weights
+        model = self._load_base(
+            checkpoint, dtype, self._reference_placement(checkpoint, dtype), reinit=reinit
+        )
+        if asked.adapter is not None:
+            model = self._merged(model, asked.adapter, "reference.adapter")
+        elif starts_there and cfg.adapter is not None and cfg.adapter.path is not None:
+            model = self._merged(model, cfg.adapter.path, "lora_model_dir")
         model.requires_grad_(False).eval()
         return model
 
-    def _merged(self, model: PreTrainedModel, path: str) -> PreTrainedModel:
-        if _is_quantised(self.cfg):
+    def _merged(self, model: PreTrainedModel, path: str, key: str) -> PreTrainedModel:
+        if is_quantised(model):
             raise ModelError(
-                "a separate copy of a quantised base with the adapter of `lora_model_dir` merged in would be "
-                "rounded again and differ from the policy: use `reference: {source: frozen_adapter}`."
+                f"{key}: merging {path} into quantised weights would round them again, and the reference "
+                "would be another one. Use `reference: {source: frozen_adapter}`, or hold it in full."
+            )
+        if is_offloaded(model):
+            raise ModelError(
+                f"{key}: {path} cannot be merged into weights that are kept elsewhere (offload)."
             )
         resumed = adapters.resume_adapter(
-            model, path, trainable=False, float32=True, pickle=self.cfg.model.allow_pickle_weights
+            model, path, trainable=False, float32=True, pickle=self.cfg.model.allow_pickle_weights, key=key
         )
         merged: PreTrainedModel = resumed.merge_and_unload()
         return merged
 
     def _load_base(
-        self, checkpoint: Checkpoint, dtype: torch.dtype, *, reinit: bool = False
+        self, checkpoint: Checkpoint, dtype: torch.dtype, placed: dict[str, Any], *, reinit: bool = False
     ) -> PreTrainedModel:
-        cfg = self.cfg
-        overrides = cfg.model.config_overrides if checkpoint.path == cfg.model.base_model else {}
-        config = read_config(checkpoint, cfg.model, overrides)
+        cfg, config = self.cfg, self._config(checkpoint)
         with drawn_from(cfg.optimization.seed):
             if reinit:
                 model: PreTrainedModel = AutoModelForCausalLM.from_config(
@@ -132,12 +151,29 @@ class ModelLoader:
                     trust_remote_code=cfg.model.trust_remote_code,
                 )
             else:
-                model = load_weights(checkpoint, config, cfg.model, dtype, **_placement(cfg, dtype))
+                model = load_weights(checkpoint, config, cfg.model, dtype, **placed)
             self._make_room_for_tokens(model)
         _silence_dropout_modules(model)
-        if _is_quantised(cfg):
-            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-        return model
+        return prepare(model) if is_quantised(model) else model
+
+    def _config(self, checkpoint: Checkpoint) -> PreTrainedConfig:
+        model = self.cfg.model
+        overrides = model.config_overrides if checkpoint.path == model.base_model else {}
+        return read_config(checkpoint, model, overrides)
+
+    def _placement(
+        self, checkpoint: Checkpoint, dtype: torch.dtype, bits: Bits | None, *, on_cpu: bool = False
+    ) -> dict[str, Any]:
+        options = self.cfg.model.bnb_config_kwargs if bits == policy_bits(self.cfg) else {}
+        return placement(bits, self._config(checkpoint), dtype, options, on_cpu=on_cpu)
+
+    def _reference_placement(self, checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Any]:
+        asked = self.cfg.reference
+        if asked.offload is None:
+            bits, on_cpu = reference_bits(self.cfg), asked.device == "cpu"
+            return self._placement(checkpoint, dtype, bits, on_cpu=on_cpu)
+        trust = self.cfg.model.trust_remote_code
+        return layer_placement(self._config(checkpoint), asked.offload, trust_remote_code=trust)
 
     def _make_room_for_tokens(self, model: PreTrainedModel) -> None:
         """Add embedding rows for tokens the checkpoint has none for; never takes rows away."""
@@ -183,33 +219,6 @@ def unfreeze(model: torch.nn.Module, patterns: tuple[str, ...], dtype: torch.dty
             f"unfrozen_parameters: {', '.join(sorted(unmatched))} matches no parameter. "
             f"Names look like {names[0]} and {names[-1]}."
         )
-
-
-def _is_quantised(cfg: RunConfig) -> bool:
-    return cfg.model.load_in_8bit or cfg.model.load_in_4bit
-
-
-def _placement(cfg: RunConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """How and where weights are read: nothing to say unless they are quantised."""
-    if not _is_quantised(cfg):
-        return {}
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ModelError(
-            "load_in_8bit and load_in_4bit need bitsandbytes: pip install 'fiducial[quantization]'."
-        )
-    options: dict[str, Any] = {"load_in_8bit": cfg.model.load_in_8bit, "load_in_4bit": cfg.model.load_in_4bit}
-    if cfg.model.load_in_4bit:
-        options |= {
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": True,
-            "bnb_4bit_compute_dtype": dtype,
-            "bnb_4bit_quant_storage": dtype,
-        }
-    device = int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else "cpu"
-    return {
-        "quantization_config": BitsAndBytesConfig(**(options | cfg.model.bnb_config_kwargs)),
-        "device_map": {"": device},
-    }
 
 
 def _silence_dropout_modules(model: PreTrainedModel) -> None:

@@ -10,6 +10,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fiducial.config.schema import RunConfig
 from fiducial.errors import ModelError
+from fiducial.reference.plan import Checkpoint
+from fiducial.reference.vocabulary import different_vocabulary, vocabulary_difference
 
 logger = logging.getLogger("fiducial")
 
@@ -29,6 +31,31 @@ def load_tokenizer(cfg: RunConfig) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         _pad_with_eos(tokenizer, path)
     return tokenizer
+
+
+def require_same_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, reference: Checkpoint, *, trust_remote_code: bool
+) -> None:
+    """Refuse a reference whose own tokenizer gives other ids than the run's `tokenizer`.
+
+    A checkpoint without a tokenizer cannot be asked; then the log says so.
+
+    Raises:
+        ModelError: An id stands for another token there, or a token has an id in one of them alone.
+    """
+    try:
+        theirs = AutoTokenizer.from_pretrained(
+            reference.path, revision=reference.revision, trust_remote_code=trust_remote_code
+        ).get_vocab()
+    except Exception as error:  # whatever its parser raises
+        logger.warning(
+            "%s has no tokenizer that can be read (%s): that it reads the policy's token ids is not checked.",
+            reference.path,
+            error,
+        )
+        return
+    if theirs and (difference := vocabulary_difference(tokenizer.get_vocab(), theirs)):
+        raise ModelError(different_vocabulary(reference.path, difference))
 
 
 def _open(path: str, cfg: RunConfig) -> PreTrainedTokenizerBase:

@@ -1,4 +1,4 @@
-"""What a plan must know of an adapter the run resumes, and whether it belongs to this base model."""
+"""What a plan must know of an adapter on disk, and whether it belongs to this base model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Any
 from fiducial.errors import ModelError
 from fiducial.reference.checkpoint import TensorFact, open_checkpoint, read_sharded_tensor_facts
 
-_KEY = "lora_model_dir"
+_BASE_KEY = {"lora_model_dir": "base_model", "reference.adapter": "reference.model"}
 _PREFIX = "base_model.model."
 _HEADS = ("lm_head", "embed_out")
 _FACTORS = ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B"))
@@ -20,6 +20,8 @@ class AdapterFacts:
 
     location: str
     peft_type: str
+    key: str = "lora_model_dir"
+    """The YAML key that names it."""
     r: int | None = None
     init_lora_weights: bool | str | None = True
     bias: str = "none"
@@ -38,25 +40,28 @@ class AdapterFacts:
         return None if self.tensors is None else sum(tensor.size for tensor in self.tensors.values())
 
 
-def read_adapter_facts(location: str, *, allow_pickle: bool) -> AdapterFacts:
-    """Read the adapter that `lora_model_dir` names.
+def read_adapter_facts(location: str, key: str = "lora_model_dir", *, allow_pickle: bool) -> AdapterFacts:
+    """Read the adapter that the YAML key `key` names.
 
     Raises:
         ModelError: there is no adapter, it is damaged, or its weights are pickled and that is not allowed.
     """
-    files = open_checkpoint(location, None, key=_KEY)
+    files = open_checkpoint(location, None, key=key)
     config = files.read_json("adapter_config.json")
     if config is None:
         raise ModelError(
-            f"{_KEY}: {location} has no adapter_config.json, so it is no PEFT adapter. Give the folder that "
+            f"{key}: {location} has no adapter_config.json, so it is no PEFT adapter. Give the folder that "
             "save_pretrained of a PEFT model wrote."
         )
     tensors = read_sharded_tensor_facts(files, "adapter_model")
     if tensors is None and files.folder is not None:
-        _check_pickled(location, exists=files.find("adapter_model.bin") is not None, allowed=allow_pickle)
+        _check_pickled(
+            key, location, exists=files.find("adapter_model.bin") is not None, allowed=allow_pickle
+        )
     return AdapterFacts(
         location=location,
         peft_type=str(config.get("peft_type", "unknown")),
+        key=key,
         r=config.get("r"),
         init_lora_weights=config.get("init_lora_weights", True),
         bias=config.get("bias") or "none",
@@ -90,8 +95,8 @@ def check_adapter_fits(
     if misfit:
         trained_on = f" It was trained on {adapter.base_model}." if adapter.base_model else ""
         raise ModelError(
-            f"{_KEY}: {adapter.location} does not fit base_model {base}: {misfit}.{trained_on} Set "
-            "base_model to the model the adapter was trained on."
+            f"{adapter.key}: {adapter.location} does not fit base_model {base}: {misfit}.{trained_on} Set "
+            f"{_BASE_KEY[adapter.key]} to the model the adapter was trained on."
         )
     if same_name:
         return None
@@ -101,7 +106,9 @@ def check_adapter_fits(
         if compared
         else "Whether its shapes fit is known when they are loaded."
     )
-    return f"{_KEY}: the adapter was trained on {adapter.base_model}, and base_model is {base}. {advice}"
+    return (
+        f"{adapter.key}: the adapter was trained on {adapter.base_model}, and base_model is {base}. {advice}"
+    )
 
 
 def _misfit(tensors: Mapping[str, TensorFact], base: Mapping[str, TensorFact], *, tied: bool) -> str | None:
@@ -139,11 +146,11 @@ def _names(config: Mapping[str, Any], key: str) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value)
 
 
-def _check_pickled(location: str, *, exists: bool, allowed: bool) -> None:
+def _check_pickled(key: str, location: str, *, exists: bool, allowed: bool) -> None:
     if not exists:
-        raise ModelError(f"{_KEY}: {location} has no adapter_model.safetensors: the adapter has no weights.")
+        raise ModelError(f"{key}: {location} has no adapter_model.safetensors: the adapter has no weights.")
     if not allowed:
         raise ModelError(
-            f"{_KEY}: {location} holds its weights as pickle (adapter_model.bin), which can run code when "
+            f"{key}: {location} holds its weights as pickle (adapter_model.bin), which can run code when "
             "opened. Save it as safetensors, or set allow_pickle_weights: true if you trust its author."
         )

@@ -56,7 +56,7 @@ def alternatives(
 
 def relative_time(cfg: RunConfig, facts: Facts, plan: ReferencePlan) -> float:
     """The run's time under `plan`, as a multiple of the time without any reference."""
-    if plan.schedule is None:
+    if plan.schedule is None or plan.source is Source.ENDPOINT:
         return 1.0
     training = FORWARD + (BACKWARD if cfg.adapter is None else BACKWARD_FROZEN)
     weights = weight_ratio(facts, plan)

@@ -174,6 +174,17 @@ def read_sharded_tensor_facts(files: CheckpointFiles, name: str) -> Mapping[str,
     }
 
 
+def weight_files(files: CheckpointFiles) -> list[Path] | None:
+    """The safetensors files of the weights; None where they are not all at hand."""
+    whole = files.find("model.safetensors")
+    if whole is not None:
+        return [whole]
+    index = files.read_json("model.safetensors.index.json") or {}
+    found = [files.find(name) for name in sorted(set(index.get("weight_map", {}).values()))]
+    paths = [path for path in found if path is not None]
+    return paths if found and len(paths) == len(found) else None
+
+
 def _json_object(path: Path, key: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

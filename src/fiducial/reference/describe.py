@@ -92,8 +92,14 @@ def _reference(plan: ReferencePlan) -> Report:
         "source": str(plan.source),
         "schedule": str(plan.schedule) if plan.schedule else None,
         "checkpoint": checkpoint
-        and {"path": checkpoint.path, "revision": checkpoint.revision, "adapter": checkpoint.adapter},
+        and {
+            "path": checkpoint.path,
+            "revision": checkpoint.revision,
+            "adapter": checkpoint.adapter,
+            "endpoint": checkpoint.endpoint,
+        },
         "equals_starting_policy": plan.equals_starting_policy,
+        "approximate": plan.approximate,
         "why": plan.why,
         "notes": list(plan.notes),
     }

@@ -18,7 +18,9 @@ from fiducial.reference.checkpoint import (
     open_checkpoint,
     read_sharded_tensor_facts,
 )
+from fiducial.reference.same_base import differing_weight
 from fiducial.reference.shapes import UNGATED, Sizes, implied_tensors, read_sizes
+from fiducial.reference.vocabulary import Vocabulary, read_vocabulary, with_tokens
 
 __all__ = ["AdapterFacts", "Facts", "ModelFacts", "gather_facts"]
 
@@ -60,6 +62,11 @@ class Facts:
     reference: ModelFacts | None = None
     """The checkpoint `reference.model` names."""
     notes: tuple[str, ...] = ()
+    reference_adapter: AdapterFacts | None = None
+    """The adapter `reference.adapter` names."""
+    vocabulary: Vocabulary | None = None
+    """The policy's, where another checkpoint is the reference and files tell it."""
+    reference_vocabulary: Vocabulary | None = None
 
 
 def gather_facts(cfg: RunConfig) -> Facts:
@@ -75,14 +82,60 @@ def gather_facts(cfg: RunConfig) -> Facts:
             "Set adapter: lora, or use a checkpoint in float32 or bfloat16."
         )
     reference = None
-    if cfg.reference.model is not None:
+    served = cfg.reference.endpoint is not None  # its name there is no place of files
+    if cfg.reference.model is not None and not served:
         reference = _model_facts(cfg, cfg.reference.model, cfg.reference.revision, key="reference.model")
-    if cfg.adapter is None or cfg.adapter.path is None:
-        return Facts(model, None, reference)
-    adapter = read_adapter_facts(cfg.adapter.path, allow_pickle=cfg.model.allow_pickle_weights)
-    stored = model.tensors if model.shapes_are_exact else None
-    note = check_adapter_fits(adapter, model.location, stored, tied=model.tied_embeddings)
-    return Facts(model, adapter, reference, (note,) if note else ())
+    adapter, note = _adapter_facts(cfg, cfg.adapter.path if cfg.adapter else None, model, "lora_model_dir")
+    other, other_note = _adapter_facts(
+        cfg, None if served else cfg.reference.adapter, reference or model, "reference.adapter"
+    )
+    policy, theirs = _vocabularies(cfg) if reference is not None else (None, None)
+    notes = tuple(found for found in (note, other_note) if found)
+    return Facts(model, adapter, reference, notes, other, policy, theirs)
+
+
+def _adapter_facts(
+    cfg: RunConfig, location: str | None, base: ModelFacts, key: str
+) -> tuple[AdapterFacts | None, str | None]:
+    """The adapter at `location` if there is one, and a note where its base has another name."""
+    if location is None:
+        return None, None
+    adapter = read_adapter_facts(location, key, allow_pickle=cfg.model.allow_pickle_weights)
+    stored = base.tensors if base.shapes_are_exact else None
+    note = check_adapter_fits(adapter, base.location, stored, tied=base.tied_embeddings)
+    if note is not None and key == "reference.adapter":
+        _require_its_base(adapter, base)
+    return adapter, note
+
+
+def _require_its_base(adapter: AdapterFacts, base: ModelFacts) -> None:
+    """Refuse a reference's adapter on another base than its own, where both are at hand to be compared."""
+    assert adapter.base_model is not None, "its name was compared"
+    try:
+        own = open_checkpoint(adapter.base_model, None, key=adapter.key)
+        different = differing_weight(own, open_checkpoint(base.location, None, key=adapter.key))
+    except ModelError:  # the base it was trained on is not here
+        return
+    if different is not None:
+        raise ModelError(
+            f"{adapter.key}: {adapter.location} was trained on {adapter.base_model}, and {base.location} is "
+            f"another base: {different} differs. Set reference.model: {adapter.base_model}."
+        )
+
+
+def _vocabularies(cfg: RunConfig) -> tuple[Vocabulary | None, Vocabulary | None]:
+    """What the tokenizers of policy and named reference say, as far as their files are at hand."""
+    assert cfg.reference.model is not None
+    settings = cfg.tokenizer
+    place, revision = settings.path, None
+    if place is None:
+        place, revision = cfg.model.base_model, cfg.model.revision
+    own = read_vocabulary(open_checkpoint(place, revision, key="tokenizer_config"))
+    if own is not None:
+        own = with_tokens(own, (*settings.special_tokens.values(), *settings.tokens))
+    return own, read_vocabulary(
+        open_checkpoint(cfg.reference.model, cfg.reference.revision, key="reference.model")
+    )
 
 
 def _model_facts(cfg: RunConfig, location: str, revision: str | None, *, key: str) -> ModelFacts:

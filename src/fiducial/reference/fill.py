@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
@@ -11,7 +12,10 @@ from fiducial.model.scoring import Scorer
 from fiducial.reference.cache.passes import Groups
 from fiducial.reference.cache.scoring import FLUSH_SECONDS, ScoringReference, score_reference
 from fiducial.reference.cache.store import LogpStore
+from fiducial.reference.served import ask_for_missing
+from fiducial.reference.sources import Served
 from fiducial.reference.spot_check import SpotCheck, spot_check
+from fiducial.reference.verify import ALLOWANCE
 
 
 def fill(
@@ -51,6 +55,36 @@ def fill(
         tell_checked(console, name, checked, found)
         largest = max(largest, checked.max_difference)
     return largest
+
+
+def fill_from_server(
+    store: LogpStore,
+    datasets: Mapping[str, Groups],
+    reference: Served,
+    scorer: Scorer,
+    *,
+    console: Console,
+    flush_seconds: float | None = None,
+) -> None:
+    """Bring into `store` every completion of the datasets, asked of a server.
+
+    Raises:
+        CacheError: Records cannot be written or read.
+        ModelError: The server does not answer, or answers for other tokens.
+    """
+    for name, groups in datasets.items():
+        # What a server computes in, and in which batches, is its own business.
+        checked = spot_check(groups, reference, scorer, store, allowance=ALLOWANCE[torch.bfloat16])
+        with _bar(console, f"asking the reference for {name} data") as progress:
+            asked = ask_for_missing(
+                groups,
+                reference.endpoint,
+                store,
+                flush_every=flush_seconds or FLUSH_SECONDS,
+                progress=progress,
+            )
+        found = f"{asked} completions scored" if asked else "known from an earlier run"
+        tell_checked(console, name, checked, found)
 
 
 def warn(console: Console, sentence: str) -> None:

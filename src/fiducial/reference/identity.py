@@ -21,12 +21,14 @@ from torch.distributed.tensor import DTensor
 
 from fiducial.model.adapters import POLICY_ADAPTER, REFERENCE_ADAPTER
 from fiducial.model.scoring import Scorer
-from fiducial.reference.plan import ReferencePlan, Source
+from fiducial.reference.plan import Checkpoint, ReferencePlan, Source
 
 FORMAT = 2
 """Raised when records are stored another way."""
 SCORING = 1
 """Raised when the scoring path gives other numbers for the same weights and tokens, beyond rounding."""
+SERVED = "served"
+"""In place of a precision: what a server computes in is its own business."""
 
 _NOT_NUMERICS = {
     *("_name_or_path", "transformers_version", "architectures", "use_cache", "dtype", "torch_dtype"),
@@ -92,7 +94,9 @@ class Identity:
 def identify(plan: ReferencePlan, scorer: Scorer) -> Identity:
     """The identity of the reference in `scorer`'s model, before step 1 and before weights are sharded."""
     assert plan.checkpoint is not None, "there is no reference to identify"
-    found = fingerprint_model(scorer.model, with_adapter=plan.source is not Source.ADAPTER_OFF)
+    named = plan.source is Source.FROZEN_ADAPTER and not plan.equals_starting_policy
+    adapter = REFERENCE_ADAPTER if named else POLICY_ADAPTER
+    found = fingerprint_model(scorer.model, None if plan.source is Source.ADAPTER_OFF else adapter)
     return Identity(
         checkpoint=plan.checkpoint.path,
         weights=found.digest,
@@ -103,17 +107,28 @@ def identify(plan: ReferencePlan, scorer: Scorer) -> Identity:
     )
 
 
+def identify_served(checkpoint: Checkpoint) -> Identity:
+    """The identity of a model on a server, which only its names tell."""
+    settings = {
+        "endpoint": checkpoint.endpoint,
+        "model": checkpoint.path,
+        "revision": checkpoint.revision,
+    }
+    found = Fingerprint({}, settings)
+    return Identity(checkpoint.path, found.digest, SERVED, SERVED, SERVED, fingerprint=found)
+
+
 def fingerprint(model: nn.Module, *, with_adapter: bool = True) -> str:
     """Hash of every bit of the effective weights, their names and shapes, and the config."""
-    return fingerprint_model(model, with_adapter=with_adapter).digest
+    return fingerprint_model(model, POLICY_ADAPTER if with_adapter else None).digest
 
 
-def fingerprint_model(model: nn.Module, *, with_adapter: bool = True) -> Fingerprint:
-    """The effective weights of a loaded model."""
-    tensors = dict(_effective_tensors(model, with_adapter=with_adapter))
+def fingerprint_model(model: nn.Module, adapter: str | None = POLICY_ADAPTER) -> Fingerprint:
+    """The effective weights of a loaded model with the adapter of that name on, or with none."""
+    tensors = dict(_effective_tensors(model, adapter))
     with ThreadPoolExecutor(max_workers=4) as pool:  # hashing releases the interpreter lock
         hashes = dict(zip(tensors, pool.map(hash_tensor, tensors.values()), strict=True))
-    return Fingerprint(without_tied_head(hashes), _numeric_settings(model, with_adapter=with_adapter))
+    return Fingerprint(without_tied_head(hashes), _numeric_settings(model, adapter))
 
 
 def hash_tensor(tensor: Tensor) -> str:
@@ -160,20 +175,23 @@ def numeric_settings(config: Any) -> dict[str, Any]:
     return plain
 
 
-def _effective_tensors(model: nn.Module, *, with_adapter: bool) -> Iterator[tuple[str, Tensor]]:
+def _effective_tensors(model: nn.Module, adapter: str | None) -> Iterator[tuple[str, Tensor]]:
+    others = {POLICY_ADAPTER, REFERENCE_ADAPTER} - {adapter}
     for name, tensor in model.state_dict().items():
         parts = name.removeprefix("base_model.model.").split(".")
-        if REFERENCE_ADAPTER in parts or (POLICY_ADAPTER in parts and not with_adapter):
+        if others.intersection(parts):
             continue
         wrapping = ("base_layer", "original_module", "token_adapter")
-        yield ".".join(part for part in parts if part not in wrapping), tensor
+        kept = [part for part in parts if part not in wrapping]
+        # An adapter is the same one under either name.
+        yield ".".join(POLICY_ADAPTER if part == adapter else part for part in kept), tensor
 
 
-def _numeric_settings(model: nn.Module, *, with_adapter: bool) -> dict[str, Any]:
+def _numeric_settings(model: nn.Module, adapter: str | None) -> dict[str, Any]:
     settings = numeric_settings(model.config)
-    if with_adapter and isinstance(model, PeftModel):
-        adapter = model.peft_config[POLICY_ADAPTER].to_dict()
-        settings["adapter"] = {name: adapter.get(name) for name in _ADAPTER_FIELDS}
+    if adapter is not None and isinstance(model, PeftModel):
+        held = model.peft_config[adapter].to_dict()
+        settings["adapter"] = {name: held.get(name) for name in _ADAPTER_FIELDS}
     return settings
 
 

@@ -14,11 +14,13 @@ class Source(StrEnum):
     ADAPTER_OFF = "adapter_off"
     """The policy with its adapter switched off, where that is the starting policy."""
     FROZEN_ADAPTER = "frozen_adapter"
-    """The base with a frozen copy of the adapter the run starts from."""
+    """The base with a frozen copy of the adapter the run starts from, or with the one named for it."""
     SEPARATE_MODEL = "separate_model"
     """A second model."""
     INITIAL_POLICY = "initial_policy"
     """The policy's own weights before step 1; only precomputed."""
+    ENDPOINT = "endpoint"
+    """A server that answers with log-probs; only precomputed."""
 
 
 class Schedule(StrEnum):
@@ -27,8 +29,8 @@ class Schedule(StrEnum):
     LIVE = "live"
     """Beside the policy, at every step."""
     PRECOMPUTED = "precomputed"
-    """Once before training, then read. Any source but `separate_model` is then the policy itself before
-    step 1, and no copy is kept."""
+    """Once before training, then read. The starting policy is then the policy itself before step 1, and no
+    copy is kept."""
 
     SYNCED = "synced"
     """Beside the policy, towards which it moves every few steps (TR-DPO)."""
@@ -46,6 +48,7 @@ VALID: Mapping[Source, frozenset[Schedule | None]] = MappingProxyType(
         Source.FROZEN_ADAPTER: frozenset({Schedule.LIVE, Schedule.PRECOMPUTED, Schedule.SYNCED}),
         Source.SEPARATE_MODEL: frozenset({Schedule.LIVE, Schedule.PRECOMPUTED, Schedule.SYNCED}),
         Source.INITIAL_POLICY: frozenset({Schedule.PRECOMPUTED}),
+        Source.ENDPOINT: frozenset({Schedule.PRECOMPUTED}),
     }
 )
 """Which schedules make sense for each source."""
@@ -58,7 +61,9 @@ class Checkpoint:
     path: str
     revision: str | None = None
     adapter: str | None = None
-    """An adapter that belongs to the reference: the one the run resumes."""
+    """An adapter that belongs to the reference: the one the run resumes, or the one named for it."""
+    endpoint: str | None = None
+    """The server that answers for it; `path` is then its name there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +90,9 @@ class ReferencePlan:
     why: str
     notes: tuple[str, ...] = ()
     equals_starting_policy: bool = True
-    """False only where another checkpoint was named: then the rewards at step 0 need not be zero."""
+    """False only where another policy was named: then the rewards at step 0 need not be zero."""
+    approximate: str | None = None
+    """How it is held otherwise than the policy, so that it answers only almost the same; None if exactly."""
 
     sync: Sync | None = None
     """How it moves, where it does."""

@@ -5,12 +5,15 @@ moments are compared: scoring the reference ahead of time (its weights, no gradi
 are per process and without what the allocator wastes.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 from fiducial.config.schema import RunConfig
 from fiducial.reference.activations import scoring_pass, training_pass
-from fiducial.reference.facts import Facts
+from fiducial.reference.checkpoint import TensorFact
+from fiducial.reference.facts import Facts, ModelFacts
+from fiducial.reference.holding import Bits, policy_bits, reference_bits
 from fiducial.reference.kinds import ReferencePlan, Schedule, Source
 from fiducial.reference.precision import BYTES, HeldPrecision, held_precision
 from fiducial.reference.trained import count_trained
@@ -19,8 +22,13 @@ When = Literal["throughout", "training", "scoring"]
 
 LARGEST_BUDGET = {"cpu": 2_048, "gpu": 16_384}
 """Tokens of one pass beyond which matrix products are no faster (docs/performance.md)."""
+_KEPT = {"cpu": "in the CPU's memory", "disk": "on disk"}
 _SPARE = 0.8
 """Share of free memory the token budget may fill; the rest is for what the formula does not see."""
+
+_LAYER = re.compile(r"\.(?:layers|layer|h|blocks)\.\d+\.")
+_QUANTISED_BYTES: dict[Bits, float] = {4: 0.516, 8: 1.0}
+"""A weight's; in 4 bits with its scales: blocks of 64 share a byte, and 256 of these a float32."""
 
 _STATE_BYTES: tuple[tuple[str, float], ...] = (
     ("galore", 2.0),
@@ -97,9 +105,11 @@ def estimate_memory(
     precision = held_precision(cfg, gpu=gpu)
     trained = count_trained(cfg, facts)
     trained_bytes = precision.adapter if cfg.adapter else BYTES[precision.weights]
-    base = _model_bytes(cfg, facts.model.num_parameters, precision.weights)
+    bits = policy_bits(cfg)
+    base = _model_bytes(facts.model, precision.weights, bits)
     adapter = trained.adapter * precision.adapter
-    copies = facts.model.num_parameters * precision.products if precision.casts else 0
+    multiplied = facts.model.num_parameters - _quantised(facts.model, bits)
+    copies = multiplied * precision.products if precision.casts else 0
     # A pass holds at least one group, which is never cut, and no more than one optimizer step has.
     longest = longest or longest_group(cfg)
     step = cfg.optimization.groups_per_step * longest
@@ -123,7 +133,7 @@ def estimate_memory(
         *_reference_parts(cfg, facts, plan, precision, adapter),
         MemoryPart("activations of a training pass", activations, "training"),
     ]
-    if plan.schedule is Schedule.PRECOMPUTED:
+    if plan.schedule is Schedule.PRECOMPUTED and plan.source is not Source.ENDPOINT:
         scoring = scoring_pass(facts, precision).of(token_budget)
         parts.append(MemoryPart("activations of a scoring pass", scoring, "scoring"))
     held = (_policy_line(cfg, facts, precision), _reference_line(cfg, facts, plan, precision))
@@ -170,31 +180,72 @@ def _beside_gradients(activations: int, gradients: int, *, first: int) -> int:
 def _reference_parts(
     cfg: RunConfig, facts: Facts, plan: ReferencePlan, precision: HeldPrecision, adapter: int
 ) -> list[MemoryPart]:
+    when: When = "scoring" if plan.schedule is Schedule.PRECOMPUTED else "throughout"
     if plan.source is Source.SEPARATE_MODEL:
-        bytes_ = _reference_model_bytes(cfg, facts, precision)
-        when: When = "scoring" if plan.schedule is Schedule.PRECOMPUTED else "throughout"
-        on_cpu = precision.gpu and cfg.reference.device == "cpu"
-        parts = [MemoryPart("reference model", bytes_, when, on_cpu=on_cpu)]
-        held = cfg.reference.dtype or precision.weights
-        if plan.sync is not None and not plan.sync.copies and BYTES[held] < BYTES["float32"]:
-            average = facts.model.num_parameters * BYTES["float32"]
-            parts.append(MemoryPart("reference average (float32)", average, when, on_cpu=on_cpu))
-        return parts
+        return _second_model(cfg, facts, plan, precision)
+    if plan.source is Source.FROZEN_ADAPTER and not plan.equals_starting_policy:
+        return [MemoryPart("reference adapter", _named_adapter_bytes(facts, adapter), when)]
     if plan.source is Source.FROZEN_ADAPTER and plan.schedule is not Schedule.PRECOMPUTED:
-        return [MemoryPart("reference adapter", adapter, "throughout")]
+        return [MemoryPart("reference adapter", adapter, when)]
     return []
 
 
-def _reference_model_bytes(cfg: RunConfig, facts: Facts, precision: HeldPrecision) -> int:
-    model = facts.reference or facts.model
-    return _model_bytes(cfg, model.num_parameters, cfg.reference.dtype or precision.weights)
+def _second_model(
+    cfg: RunConfig, facts: Facts, plan: ReferencePlan, precision: HeldPrecision
+) -> list[MemoryPart]:
+    model, held = facts.reference or facts.model, cfg.reference.dtype or precision.weights
+    when: When = "scoring" if plan.schedule is Schedule.PRECOMPUTED else "throughout"
+    on_cpu = precision.gpu and cfg.reference.device == "cpu"
+    whole = _model_bytes(model, held, reference_bits(cfg))
+    if cfg.reference.offload is not None:
+        return _offloaded(cfg, model, whole, BYTES[held], when)
+    parts = [MemoryPart("reference model", whole, when, on_cpu=on_cpu)]
+    if plan.sync is not None and not plan.sync.copies and BYTES[held] < BYTES["float32"]:
+        average = facts.model.num_parameters * BYTES["float32"]
+        parts.append(MemoryPart("reference average (float32)", average, when, on_cpu=on_cpu))
+    return parts
 
 
-def _model_bytes(cfg: RunConfig, parameters: int, dtype: str) -> int:
-    """Quantized weights take 1 byte, or half a byte and their scales."""
-    if cfg.model.load_in_4bit:
-        return int(parameters * 0.5625)
-    return parameters * (1 if cfg.model.load_in_8bit else BYTES[dtype])
+def _offloaded(cfg: RunConfig, model: ModelFacts, whole: int, width: int, when: When) -> list[MemoryPart]:
+    """What stays, the layer that computes, and the layers that wait in the CPU's memory if not on disk."""
+    layers = sum(tensor.size for name, tensor in model.tensors.items() if _LAYER.search(name)) * width
+    here = whole - layers + layers // max(model.sizes.layers, 1)
+    parts = [MemoryPart("reference model (one layer at a time)", here, when)]
+    if cfg.reference.offload == "cpu":
+        parts.append(MemoryPart("reference layers that wait", layers, when, on_cpu=True))
+    return parts
+
+
+def _named_adapter_bytes(facts: Facts, policy_adapter: int) -> int:
+    """Of the adapter named for the reference, held in float32; the policy's where its size is not known."""
+    named = facts.reference_adapter
+    size = None if named is None else named.num_parameters
+    return policy_adapter if size is None else size * BYTES["float32"]
+
+
+def _model_bytes(model: ModelFacts, dtype: str, bits: Bits | None) -> int:
+    """Quantised weights take 1 byte, or half a byte and their scales; all others are float32 beside them."""
+    if bits is None:
+        return model.num_parameters * BYTES[dtype]
+    matrices = _quantised_matrices(model)
+    quantised = sum(tensor.size for tensor in matrices)
+    scales = 4 * sum(tensor.shape[0] for tensor in matrices) if bits == 8 else 0  # one a row
+    others = (model.num_parameters - quantised) * BYTES["float32"]
+    return int(quantised * _QUANTISED_BYTES[bits]) + scales + others
+
+
+def _quantised(model: ModelFacts, bits: Bits | None) -> int:
+    """Weights that bitsandbytes holds in fewer bits."""
+    return 0 if bits is None else sum(tensor.size for tensor in _quantised_matrices(model))
+
+
+def _quantised_matrices(model: ModelFacts) -> list[TensorFact]:
+    """The matrices of layers; not embeddings, head and norms."""
+    return [
+        tensor
+        for name, tensor in model.tensors.items()
+        if len(tensor.shape) == 2 and name.endswith(".weight") and _LAYER.search(name)
+    ]
 
 
 def _state_bytes(optimizer: str, trained_bytes: int) -> float:
@@ -204,7 +255,7 @@ def _state_bytes(optimizer: str, trained_bytes: int) -> float:
 
 def _policy_line(cfg: RunConfig, facts: Facts, precision: HeldPrecision) -> str:
     trained = count_trained(cfg, facts)
-    kind = "4-bit" if cfg.model.load_in_4bit else "8-bit" if cfg.model.load_in_8bit else precision.weights
+    kind = _kind(policy_bits(cfg), precision.weights)
     line = f"policy: {_count(facts.model.num_parameters)} weights once, in {kind}"
     if cfg.adapter is not None:
         line += f", and an adapter of {_count(trained.adapter)}"
@@ -212,19 +263,30 @@ def _policy_line(cfg: RunConfig, facts: Facts, precision: HeldPrecision) -> str:
 
 
 def _reference_line(cfg: RunConfig, facts: Facts, plan: ReferencePlan, precision: HeldPrecision) -> str:
+    until = "while it scores, then freed" if plan.schedule is Schedule.PRECOMPUTED else "throughout"
     if plan.source is Source.NONE:
         return "reference: none"
+    if plan.source is Source.ENDPOINT:
+        return "reference: no weights here; a server holds them"
     if plan.source is Source.SEPARATE_MODEL:
         model = facts.reference or facts.model
-        until = "while it scores, then freed" if plan.schedule is Schedule.PRECOMPUTED else "throughout"
         where = " on the CPU" if cfg.reference.device == "cpu" else ""
-        dtype = cfg.reference.dtype or precision.weights
-        weights = f"{_count(model.num_parameters)} weights in {dtype}{where}"
-        return f"reference: a second model of {weights}, {until}"
+        if cfg.reference.offload is not None:
+            where = f", its layers kept {_KEPT[cfg.reference.offload]} until they compute"
+        kind = _kind(reference_bits(cfg), cfg.reference.dtype or precision.weights)
+        return (
+            f"reference: a second model of {_count(model.num_parameters)} weights in {kind}{where}, {until}"
+        )
+    if plan.source is Source.FROZEN_ADAPTER and not plan.equals_starting_policy:
+        return f"reference: the base with the adapter {cfg.reference.adapter}, {until}"
     if plan.source is Source.FROZEN_ADAPTER and plan.schedule is not Schedule.PRECOMPUTED:
         adapter = count_trained(cfg, facts).adapter
         return f"reference: a frozen copy of the adapter, {_count(adapter)} weights, throughout"
     return "reference: no weights of its own"
+
+
+def _kind(bits: Bits | None, dtype: str) -> str:
+    return f"{bits}-bit" if bits else dtype
 
 
 def _count(number: int) -> str:

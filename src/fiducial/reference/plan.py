@@ -9,12 +9,16 @@ from fiducial.config.schema import RunConfig
 from fiducial.errors import PlanError
 from fiducial.reference import reasons
 from fiducial.reference.facts import Facts
+from fiducial.reference.holding import why_approximate
+from fiducial.reference.idle import refuse_idle_cache, refuse_idle_holding
 from fiducial.reference.kinds import VALID, Checkpoint, ReferencePlan, Schedule, Source, Sync
 from fiducial.reference.start import (
     adapter_starts_at_identity,
     frozen_copy_is_start,
+    names_another_adapter,
     names_another_policy,
     no_reference_reason,
+    on_starting_base,
     reads_distributions,
     resumes_adapter,
     streams,
@@ -24,6 +28,11 @@ from fiducial.reference.start import (
     why_checkpoint_differs,
     why_frozen_copy_differs,
     writes_through,
+)
+from fiducial.reference.vocabulary import (
+    different_vocabulary,
+    refuse_other_rows,
+    vocabulary_difference,
 )
 
 __all__ = [
@@ -50,7 +59,7 @@ def plan_reference(cfg: RunConfig, facts: Facts) -> ReferencePlan:
     if reason := no_reference_reason(cfg):
         return _no_reference(cfg, reason)
     plan = _plan(cfg, facts, _schedule(cfg))
-    _refuse_details_of_no_cache(cfg, plan)
+    refuse_idle_cache(cfg, plan)
     return plan
 
 
@@ -63,14 +72,15 @@ def plan_live_reference(cfg: RunConfig, facts: Facts) -> ReferencePlan:
     _refuse_other_adapters(facts)
     if reason := no_reference_reason(cfg):
         return _no_reference(cfg, reason)
-    chosen = cfg.reference.schedule != "auto" or cfg.reference.source == "initial_policy"
+    asked = cfg.reference
+    chosen = asked.schedule != "auto" or asked.source == "initial_policy" or asked.endpoint is not None
     return _plan(cfg, facts, _schedule(cfg) if chosen else Schedule.LIVE)
 
 
 def _cheapest(cfg: RunConfig, facts: Facts, schedule: Schedule) -> Source:
-    """The cheapest source that is the reference asked for: the table of docs/reference.md, from the top."""
+    """The cheapest source that is the starting policy: the table of docs/reference.md, from the top."""
     precomputed = schedule is Schedule.PRECOMPUTED
-    if names_another_policy(cfg) or (cfg.adapter is None and not precomputed):
+    if cfg.adapter is None and not precomputed:
         return Source.SEPARATE_MODEL
     if cfg.adapter is None:
         return Source.INITIAL_POLICY
@@ -82,6 +92,13 @@ def _cheapest(cfg: RunConfig, facts: Facts, schedule: Schedule) -> Source:
     if precomputed:
         return Source.INITIAL_POLICY
     return Source.FROZEN_ADAPTER if frozen_copy_is_start(cfg, facts) else Source.SEPARATE_MODEL
+
+
+def _cheapest_of_another(cfg: RunConfig, facts: Facts) -> Source:
+    if cfg.reference.endpoint is not None:
+        return Source.ENDPOINT
+    beside = names_another_adapter(cfg) and frozen_copy_is_start(cfg, facts)
+    return Source.FROZEN_ADAPTER if beside else Source.SEPARATE_MODEL
 
 
 def _schedule(cfg: RunConfig) -> Schedule:
@@ -96,13 +113,16 @@ def _schedule(cfg: RunConfig) -> Schedule:
 
 
 def _plan(cfg: RunConfig, facts: Facts, schedule: Schedule) -> ReferencePlan:
-    automatic = _cheapest(cfg, facts, schedule)
+    automatic = (
+        _cheapest_of_another(cfg, facts) if names_another_policy(cfg) else _cheapest(cfg, facts, schedule)
+    )
     source = automatic if cfg.reference.source == "auto" else Source(cfg.reference.source)
     if objection := _objection(source, schedule, cfg, facts):
         works = automatic is not source and _objection(automatic, schedule, cfg, facts) is None
         remedy = reasons.remedy(cfg, schedule, automatic if works else None)
         raise PlanError(reasons.refusal(cfg, source, schedule, objection, remedy))
-    _refuse_details_of_no_model(cfg, source)
+    refuse_idle_holding(cfg, source)
+    _refuse_other_vocabulary(cfg, facts)
     return _described(cfg, facts, source, schedule)
 
 
@@ -126,6 +146,7 @@ def _described(cfg: RunConfig, facts: Facts, source: Source, schedule: Schedule)
         reasons.why(cfg, facts, source, schedule),
         reasons.notes(cfg, facts, source),
         equals_starting_policy=not names_another_policy(cfg),
+        approximate=why_approximate(cfg, source),
         sync=_sync(cfg) if schedule is Schedule.SYNCED else None,
         writes_through=writes_through(cfg, schedule),
     )
@@ -143,17 +164,35 @@ def _objection(source: Source, schedule: Schedule, cfg: RunConfig, facts: Facts)
         return cannot
     if source is Source.NONE:
         return "this loss compares the policy with a reference"
-    if source is not Source.SEPARATE_MODEL and names_another_policy(cfg):
-        return f"the reference is another checkpoint ({_checkpoint(cfg).path}), a model of its own"
+    if other := _why_not_that_other(source, cfg):
+        return other
     differs = {
         Source.ADAPTER_OFF: why_adapter_off_differs(cfg, facts),
         Source.FROZEN_ADAPTER: why_frozen_copy_differs(cfg, facts),
-        Source.SEPARATE_MODEL: None if names_another_policy(cfg) else why_checkpoint_differs(cfg, facts),
+        Source.SEPARATE_MODEL: why_checkpoint_differs(cfg, facts),
+        Source.ENDPOINT: None
+        if schedule is Schedule.PRECOMPUTED
+        else "a server is asked once, before step 1, and not at every step",
         Source.INITIAL_POLICY: None
         if schedule is Schedule.PRECOMPUTED
         else "the initial policy exists only before step 1 and cannot be scored beside the policy",
     }
     return differs[source]
+
+
+def _why_not_that_other(source: Source, cfg: RunConfig) -> str | None:
+    """Why `source` cannot be the other policy that was named, or is another one where none was."""
+    if source is Source.ENDPOINT:
+        return None if cfg.reference.endpoint is not None else "no server was named (reference.endpoint)"
+    if not names_another_policy(cfg):
+        return None
+    if cfg.reference.endpoint is not None:
+        return f"the reference is {cfg.reference.model} behind {cfg.reference.endpoint}"
+    if source is Source.SEPARATE_MODEL or (source is Source.FROZEN_ADAPTER and names_another_adapter(cfg)):
+        return None
+    if cfg.reference.adapter is not None:
+        return f"the reference is another policy: the base with {cfg.reference.adapter}"
+    return f"the reference is another checkpoint ({_checkpoint(cfg).path}), a model of its own"
 
 
 def _sync(cfg: RunConfig) -> Sync:
@@ -163,9 +202,11 @@ def _sync(cfg: RunConfig) -> Sync:
 
 
 def _checkpoint(cfg: RunConfig) -> Checkpoint:
+    asked = cfg.reference
+    if names_another_policy(cfg) and asked.model is not None:
+        return Checkpoint(asked.model, asked.revision, asked.adapter, asked.endpoint)
     if names_another_policy(cfg):
-        assert cfg.reference.model is not None
-        return Checkpoint(cfg.reference.model, cfg.reference.revision)
+        return Checkpoint(cfg.model.base_model, cfg.model.revision, asked.adapter)
     return Checkpoint(cfg.model.base_model, cfg.model.revision, cfg.adapter.path if cfg.adapter else None)
 
 
@@ -181,36 +222,26 @@ def _no_reference(cfg: RunConfig, reason: str) -> ReferencePlan:
     return ReferencePlan(Source.NONE, None, None, reason)
 
 
-def _refuse_details_of_no_model(cfg: RunConfig, source: Source) -> None:
-    """Settings that describe a second model would be ignored without one."""
-    if cfg.reference.revision is not None and cfg.reference.model is None:
-        raise PlanError(
-            f"reference.revision: {cfg.reference.revision} cannot have an effect without reference.model. "
-            f"Write reference.model: {cfg.model.base_model} beside it, or remove it."
-        )
-    for key, value in {"dtype": cfg.reference.dtype, "device": cfg.reference.device}.items():
-        if value is not None and source is not Source.SEPARATE_MODEL:
-            raise PlanError(
-                f"reference.{key}: {value} cannot have an effect: the reference is {source}, which shares "
-                "the policy's weights. Remove it, or write reference.source: separate_model."
-            )
-
-
-def _refuse_details_of_no_cache(cfg: RunConfig, plan: ReferencePlan) -> None:
-    """Settings of the cache would be ignored where nothing is kept."""
-    for key, value in {"cache": cfg.reference.cache, "flush_seconds": cfg.reference.flush_seconds}.items():
-        if value is not None and not plan.kept:
-            instead = "schedule: auto" if streams(cfg) else "schedule: precomputed"
-            raise PlanError(
-                f"reference.{key}: {value} cannot have an effect: the reference is {plan.schedule}, scored "
-                f"beside the policy and not kept. Remove it, or write reference.{instead}."
-            )
+def _refuse_other_vocabulary(cfg: RunConfig, facts: Facts) -> None:
+    """Refuse a named checkpoint that reads other token ids, as far as files alone tell."""
+    if facts.reference is None or on_starting_base(cfg):
+        return
+    if facts.vocabulary is not None and facts.reference_vocabulary is not None:
+        difference = vocabulary_difference(facts.vocabulary, facts.reference_vocabulary)
+        if difference:
+            raise PlanError(different_vocabulary(facts.reference.location, difference))
+    refuse_other_rows(cfg, facts.model.sizes.vocab_size, facts.reference.sizes.vocab_size)
 
 
 def _refuse_other_adapters(facts: Facts) -> None:
-    if facts.adapter is not None and facts.adapter.peft_type != "LORA":
+    for key, adapter in {
+        "lora_model_dir": facts.adapter,
+        "reference.adapter": facts.reference_adapter,
+    }.items():
+        if adapter is None or adapter.peft_type == "LORA":
+            continue
         raise PlanError(
-            f"lora_model_dir: {facts.adapter.location} holds a {facts.adapter.peft_type} adapter, and "
+            f"{key}: {adapter.location} holds a {adapter.peft_type} adapter, and "
             "`adapter: lora` can go on only with LoRA. Prompt and prefix tuning shift the positions that are "
             "scored, so the policy and its reference would not be comparable. Merge it into the base model "
             "first, or give a LoRA adapter."

@@ -21,6 +21,8 @@ class HeldPrecision:
     """Dtype the weights are held in, before quantization."""
     autocast: str | None
     gpu: bool = False
+    quantised: bool = False
+    """Whether weights are held in 8 or 4 bits, and then embeddings and norms in float32 beside them."""
 
     @property
     def products(self) -> int:
@@ -30,7 +32,7 @@ class HeldPrecision:
     @property
     def residual(self) -> int:
         """Bytes of the residual stream, which starts as the embedding's output."""
-        return BYTES[self.weights]
+        return BYTES["float32" if self.quantised else self.weights]
 
     @property
     def casts(self) -> bool:
@@ -51,6 +53,7 @@ def held_precision(cfg: RunConfig, *, gpu: bool | None = None) -> HeldPrecision:
         weights=("bfloat16" if on_gpu else "float32") if weights == "auto" else weights,
         autocast=("bfloat16" if on_gpu else None) if autocast == "auto" else autocast,
         gpu=on_gpu,
+        quantised=cfg.model.load_in_8bit or cfg.model.load_in_4bit,
     )
 
 

@@ -4,17 +4,19 @@ Only where the loaded weights are the stored ones: nothing added, drawn, merged,
 model must be loaded to know.
 """
 
-from pathlib import Path
-
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from fiducial.config.schema import RunConfig
+from fiducial.errors import ModelError
 from fiducial.model.checkpoint import read_config
+from fiducial.model.offload import is_offloaded
 from fiducial.model.precision import resolve_precision
-from fiducial.reference.checkpoint import CheckpointFiles, open_checkpoint
+from fiducial.model.scoring import Scorer
+from fiducial.reference.checkpoint import open_checkpoint, weight_files
 from fiducial.reference.checkpoint_weights import fingerprint_files
-from fiducial.reference.identity import Identity, numeric_settings
+from fiducial.reference.holding import policy_bits, reference_bits
+from fiducial.reference.identity import Identity, identify, identify_served, numeric_settings
 from fiducial.reference.plan import ReferencePlan, Source
 
 
@@ -27,6 +29,8 @@ def predict_identity(
         ModelError: The checkpoint's config cannot be read.
     """
     assert plan.checkpoint is not None, "there is no reference to identify"
+    if plan.source is Source.ENDPOINT:
+        return identify_served(plan.checkpoint)
     precision = resolve_precision(cfg)
     second = plan.source is Source.SEPARATE_MODEL
     named = cfg.reference.dtype if second else None
@@ -35,8 +39,9 @@ def predict_identity(
         return None
     overrides = cfg.model.config_overrides if plan.checkpoint.path == cfg.model.base_model else {}
     config = read_config(plan.checkpoint, cfg.model, overrides)
-    files = _weight_files(open_checkpoint(plan.checkpoint.path, plan.checkpoint.revision, key="base_model"))
-    if files is None or len(tokenizer) > config.get_text_config().vocab_size:
+    files = weight_files(open_checkpoint(plan.checkpoint.path, plan.checkpoint.revision, key="base_model"))
+    quantised = getattr(config, "quantization_config", None) is not None
+    if files is None or quantised or len(tokenizer) > config.get_text_config().vocab_size:
         return None
     found = fingerprint_files(files, numeric_settings(config), dtype)
     tf32 = cfg.model.tf32 and torch.cuda.is_available() and dtype == torch.float32
@@ -50,10 +55,29 @@ def predict_identity(
     )
 
 
+def identify_loaded(
+    cfg: RunConfig, plan: ReferencePlan, tokenizer: PreTrainedTokenizerBase, scorer: Scorer
+) -> Identity:
+    """The identity of the reference in `scorer`'s model, by its files where its weights are kept elsewhere.
+
+    Raises:
+        ModelError: Its weights are kept elsewhere, and are not those of its files.
+    """
+    if not is_offloaded(scorer.model):
+        return identify(plan, scorer)
+    predicted = predict_identity(cfg, plan, tokenizer)
+    if predicted is None:
+        raise ModelError(
+            f"reference.offload: {cfg.reference.offload} needs a reference that is loaded as it is stored, "
+            "without tokens added or weights drawn. Remove it."
+        )
+    return predicted
+
+
 def _loads_as_stored(cfg: RunConfig, plan: ReferencePlan, dtype: torch.dtype) -> bool:
     changed = (
         cfg.model.reinit_weights,
-        cfg.model.load_in_8bit or cfg.model.load_in_4bit,
+        policy_bits(cfg) if plan.source is not Source.SEPARATE_MODEL else reference_bits(cfg),
         bool(cfg.tokenizer.tokens) or cfg.tokenizer.resize_embeddings_to_32x,
     )
     if any(changed) or plan.checkpoint is None or plan.checkpoint.adapter is not None:
@@ -64,14 +88,3 @@ def _loads_as_stored(cfg: RunConfig, plan: ReferencePlan, dtype: torch.dtype) ->
     # Modules that train beside the adapter are held in float32, their originals with them.
     beside = cfg.adapter.modules_to_save or cfg.adapter.trainable_token_indices
     return dtype == torch.float32 or not beside
-
-
-def _weight_files(checkpoint: CheckpointFiles) -> list[Path] | None:
-    """The safetensors files of the weights; None where they are not all at hand."""
-    whole = checkpoint.find("model.safetensors")
-    if whole is not None:
-        return [whole]
-    index = checkpoint.read_json("model.safetensors.index.json") or {}
-    found = [checkpoint.find(name) for name in sorted(set(index.get("weight_map", {}).values()))]
-    paths = [path for path in found if path is not None]
-    return paths if found and len(paths) == len(found) else None

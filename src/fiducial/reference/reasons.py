@@ -2,6 +2,7 @@
 
 from fiducial.config.schema import RunConfig
 from fiducial.reference.facts import Facts
+from fiducial.reference.holding import why_approximate
 from fiducial.reference.kinds import Schedule, Source
 from fiducial.reference.start import (
     names_another_policy,
@@ -27,19 +28,21 @@ def why(cfg: RunConfig, facts: Facts, source: Source, schedule: Schedule) -> str
 def notes(cfg: RunConfig, facts: Facts, source: Source) -> tuple[str, ...]:
     """What is right in this plan and still surprises people."""
     second = source is Source.SEPARATE_MODEL
-    off_differs = cfg.adapter is not None and why_adapter_off_differs(cfg, facts)
+    off_differs = (
+        cfg.adapter is not None and not names_another_policy(cfg) and why_adapter_off_differs(cfg, facts)
+    )
     found = []
     if off_differs and not second:
         found.append(
             "Handed to a trainer that only switches adapters off, this run would be compared with the wrong "
             f"policy: {off_differs}."
         )
-    if source is Source.FROZEN_ADAPTER and not off_differs:
+    if source is Source.FROZEN_ADAPTER and not off_differs and not names_another_policy(cfg):
         found.append("adapter_off would be the same policy, without a copy of the adapter.")
-    if second and cfg.reference.dtype not in {None, cfg.model.dtype}:
+    if approximate := why_approximate(cfg, source):
         found.append(
-            f"The reference is held in {cfg.reference.dtype} and the policy in {cfg.model.dtype}: rewards at "
-            "step 0 are zero only up to that rounding."
+            f"The reference is {approximate}, and the policy is not: rewards at step 0 are zero only up to "
+            "that rounding, which is measured before step 1."
         )
     if cfg.adapter is not None and cfg.adapter.bias != "none" and facts.model.has_biases is False:
         found.append(
@@ -62,10 +65,9 @@ def refusal(cfg: RunConfig, source: Source, schedule: Schedule, objection: str, 
 def remedy(cfg: RunConfig, schedule: Schedule, works: Source | None) -> str:
     """What to write instead; `works` is the automatic choice where that would be right."""
     if schedule is Schedule.PRECOMPUTED and (streams(cfg) or reads_distributions(cfg)):
-        known = "live, or leave it out" if reads_distributions(cfg) else "auto, or streaming: false"
-        return f"Write reference.schedule: {known}."
-    if schedule is Schedule.SYNCED and names_another_policy(cfg):
-        return "Remove reference.model, or write reference.schedule: precomputed."
+        return _remedy_for_live(cfg)
+    if works is None and names_another_policy(cfg):
+        return _remedy_for_another(cfg, schedule)
     if works is not None:
         return f"Write reference.source: auto, which picks {works} here."
     if schedule is Schedule.SYNCED:
@@ -75,9 +77,33 @@ def remedy(cfg: RunConfig, schedule: Schedule, works: Source | None) -> str:
     return "Write reference.source: auto with reference.schedule: precomputed, to score it before step 1."
 
 
+def _remedy_for_live(cfg: RunConfig) -> str:
+    """Where nothing can be scored ahead."""
+    if cfg.reference.endpoint is not None:
+        return _remedy_for_server(cfg)
+    known = "live, or leave it out" if reads_distributions(cfg) else "auto, or streaming: false"
+    return f"Write reference.schedule: {known}."
+
+
+def _remedy_for_server(cfg: RunConfig) -> str:
+    write = "streaming: false" if streams(cfg) else "reference.schedule: precomputed"
+    if reads_distributions(cfg):
+        write = "another loss, for example rl: dpo"
+    return f"Write {write}, or name a checkpoint without reference.endpoint."
+
+
+def _remedy_for_another(cfg: RunConfig, schedule: Schedule) -> str:
+    """Where no source could be the other policy that was named."""
+    if cfg.reference.endpoint is not None:
+        return _remedy_for_server(cfg)
+    if schedule is Schedule.SYNCED:
+        return "Remove reference.model and reference.adapter, or write reference.schedule: precomputed."
+    return "Write reference.model: with that adapter merged into its base, and remove reference.adapter."
+
+
 def _identity(cfg: RunConfig, facts: Facts, source: Source) -> str:
     if names_another_policy(cfg):
-        return f"The reference is another policy than the one the run starts from: {cfg.reference.model}."
+        return f"The reference is another policy than the one the run starts from: {_named(cfg)}."
     if cfg.adapter is None:
         return "Without an adapter the starting policy is the checkpoint itself."
     if source is Source.ADAPTER_OFF:
@@ -90,6 +116,14 @@ def _identity(cfg: RunConfig, facts: Facts, source: Source) -> str:
     if differs := why_adapter_off_differs(cfg, facts):
         return f"Switching the adapter off would not give the starting policy: {differs}."
     return "The new adapter starts without effect, so the starting policy is the base checkpoint."
+
+
+def _named(cfg: RunConfig) -> str:
+    asked = cfg.reference
+    name = asked.model or cfg.model.base_model
+    if asked.adapter is not None:
+        name += f" with the adapter {asked.adapter}"
+    return name if asked.endpoint is None else f"{name}, served by {asked.endpoint}"
 
 
 def _moment(cfg: RunConfig, source: Source, schedule: Schedule) -> str:
@@ -105,8 +139,16 @@ def _moment(cfg: RunConfig, source: Source, schedule: Schedule) -> str:
         if reads_distributions(cfg):
             cause = "the loss reads its probability of every token, which is too much to keep"
         return f"It is scored at every step ({cause}); {_HELD[source]}."
+    return _ahead(cfg, source)
+
+
+def _ahead(cfg: RunConfig, source: Source) -> str:
     if source is Source.SEPARATE_MODEL:
         return "It scores the data once before step 1 and is then freed."
+    if source is Source.ENDPOINT:
+        return "The server is asked for the log-probs of the data once, before step 1."
+    if names_another_policy(cfg):
+        return "It scores the data once before step 1, on the policy's base, and is then forgotten."
     return "The policy scores the data itself, once, before step 1; no copy is held."
 
 
@@ -121,7 +163,8 @@ def _while_it_moves(cfg: RunConfig) -> str:
 
 
 def _vocabularies(facts: Facts) -> tuple[str, ...]:
-    if facts.reference is None or facts.reference.sizes.vocab_size == facts.model.sizes.vocab_size:
+    same_rows = facts.reference is None or facts.reference.sizes.vocab_size == facts.model.sizes.vocab_size
+    if facts.reference is None or same_rows or facts.reference_vocabulary is not None:
         return ()
     return (
         f"The reference's vocabulary has {facts.reference.sizes.vocab_size} entries and the policy's "

@@ -20,6 +20,7 @@ from fiducial.model.divergence import Distribution
 from fiducial.model.mode import evaluating
 from fiducial.model.scoring import Scorer
 from fiducial.reference.cache import LogpStore
+from fiducial.reference.endpoint import Endpoint
 from fiducial.reference.plan import ReferencePlan, Schedule, Source
 
 
@@ -118,6 +119,23 @@ class SeparateModel:
 
 
 @dataclass(frozen=True, slots=True)
+class Served:
+    """A model on a server, which is asked before training alone."""
+
+    endpoint: Endpoint
+
+    def token_logps(self, batch: PackedBatch) -> TokenLogps:
+        """Log-probs the server gives, one request a completion."""
+        values = [
+            torch.from_numpy(self.endpoint.logps(group.prompt.tolist(), completion.tolist()))
+            for group in batch.groups
+            for completion in group.completions
+        ]
+        joined = torch.cat(values) if values else torch.zeros(0)
+        return TokenLogps(joined.to(batch.target.device), batch.sequence, batch.num_sequences)
+
+
+@dataclass(frozen=True, slots=True)
 class Precomputed:
     """Log-probs scored before training."""
 
@@ -149,30 +167,46 @@ class Precomputed:
         return torch.from_numpy(values)
 
 
-def _adapter_off(policy: Scorer, second: Scorer | None) -> Reference:
-    return AdapterOff(policy)
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a source is made of."""
+
+    plan: ReferencePlan
+    policy: Scorer
+    second: Scorer | None = None
+    """The second model's, where the plan has one."""
 
 
-def _frozen_adapter(policy: Scorer, second: Scorer | None) -> Reference:
-    assert isinstance(policy.model, PeftModel), "only an adapter can be copied"
-    if REFERENCE_ADAPTER not in policy.model.peft_config:
-        freeze_copy(policy.model)
-    return FrozenAdapter(policy)
+def _frozen_adapter(parts: Parts) -> Reference:
+    model = parts.policy.model
+    assert isinstance(model, PeftModel), "only an adapter can be copied"
+    if REFERENCE_ADAPTER not in model.peft_config:
+        assert parts.plan.equals_starting_policy, "the adapter named for the reference was not loaded"
+        freeze_copy(model)
+    return FrozenAdapter(parts.policy)
 
 
-def _separate_model(policy: Scorer, second: Scorer | None) -> Reference:
-    assert second is not None, "the plan keeps a second model, and none was loaded"
-    return SeparateModel(second)
+def _separate_model(parts: Parts) -> Reference:
+    assert parts.second is not None, "the plan keeps a second model, and none was loaded"
+    return SeparateModel(parts.second)
 
 
-SOURCES: dict[Source, Callable[[Scorer, Scorer | None], Reference]] = {
-    Source.NONE: lambda policy, second: NoReference(),
-    Source.ADAPTER_OFF: _adapter_off,
+def _served(parts: Parts) -> Reference:
+    checkpoint = parts.plan.checkpoint
+    assert checkpoint is not None, "a server was not named"
+    assert checkpoint.endpoint is not None, "a server was not named"
+    return Served(Endpoint(checkpoint.endpoint, checkpoint.path))
+
+
+SOURCES: dict[Source, Callable[[Parts], Reference]] = {
+    Source.NONE: lambda parts: NoReference(),
+    Source.ADAPTER_OFF: lambda parts: AdapterOff(parts.policy),
     Source.FROZEN_ADAPTER: _frozen_adapter,
     Source.SEPARATE_MODEL: _separate_model,
-    Source.INITIAL_POLICY: lambda policy, second: InitialPolicy(policy),
+    Source.INITIAL_POLICY: lambda parts: InitialPolicy(parts.policy),
+    Source.ENDPOINT: _served,
 }
-"""From the plan's source to what scores it, given the policy's scorer and the second model's, if any."""
+"""From the plan's source to what scores it."""
 
 
 def build_reference(
@@ -186,7 +220,7 @@ def build_reference(
         assert store is not None, "the plan is precomputed, and there is no store"
         return Precomputed(store)
     assert plan.source is not Source.INITIAL_POLICY, "the initial policy cannot be scored beside the policy"
-    return SOURCES[plan.source](scorer, reference_scorer)
+    return SOURCES[plan.source](Parts(plan, scorer, reference_scorer))
 
 
 def build_scoring_reference(
@@ -194,8 +228,9 @@ def build_scoring_reference(
 ) -> Reference:
     """What fills the store before step 1, when the policy is what a frozen copy would hold."""
     assert plan.schedule is Schedule.PRECOMPUTED, "nothing is scored ahead of time"
-    source = Source.INITIAL_POLICY if plan.source is Source.FROZEN_ADAPTER else plan.source
-    return SOURCES[source](scorer, reference_scorer)
+    copied = plan.source is Source.FROZEN_ADAPTER and plan.equals_starting_policy
+    source = Source.INITIAL_POLICY if copied else plan.source
+    return SOURCES[source](Parts(plan, scorer, reference_scorer))
 
 
 def _score_frozen(scorer: Scorer, batch: PackedBatch) -> TokenLogps:

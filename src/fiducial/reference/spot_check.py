@@ -43,17 +43,18 @@ def spot_check(
     store: LogpStore,
     *,
     seed: int | None = None,
+    allowance: float | None = None,
 ) -> SpotCheck:
     """Score the records of a few random groups again, until none of those looked at differs.
 
     What a group's log-probs change by when its completions are scored alone counts as rounding, and so does
-    the allowance of the precision.
+    the allowance, by default that of the scorer's precision.
     """
     rng = np.random.default_rng(seed)
     distrusted: list[Path] = []
     checked, largest = 0, 0.0
     noise = 0.0
-    floor = ALLOWANCE[scorer.autocast or scorer.model.dtype]
+    floor = ALLOWANCE[scorer.autocast or scorer.model.dtype] if allowance is None else allowance
     while True:
         measured = from_first(lambda: list(_measure(_sample(groups, store, rng), reference, scorer, store)))
         noise = max([noise, *(each.noise for each in measured)])

@@ -6,9 +6,11 @@ one that changes the policy, because guessing wrong would compare with another m
 """
 
 import re
+from pathlib import Path
 
 from fiducial.config.schema import AdapterConfig, RunConfig
-from fiducial.reference.facts import Facts
+from fiducial.reference.facts import AdapterFacts, Facts, ModelFacts
+from fiducial.reference.holding import reference_bits
 from fiducial.reference.kinds import Schedule, Source, Sync
 
 IDENTITY_INITS = frozenset({"true", "gaussian", "eva"})
@@ -55,11 +57,32 @@ def writes_through(cfg: RunConfig, schedule: Schedule) -> bool:
 def names_another_policy(cfg: RunConfig) -> bool:
     """Whether the user asked to compare with something other than the policy the run starts from."""
     asked = cfg.reference
-    if asked.model is None:
+    if asked.endpoint is not None:
+        return True
+    if asked.model is None and asked.adapter is None:
         return False
-    same_weights = asked.model == cfg.model.base_model and asked.revision == cfg.model.revision
-    starts_there = not cfg.model.reinit_weights and (cfg.adapter is None or adapter_starts_at_identity(cfg))
-    return not (same_weights and starts_there)
+    if not on_starting_base(cfg):
+        return True
+    if asked.adapter is not None:
+        return cfg.model.reinit_weights or not _is_resumed(cfg, asked.adapter)
+    starts_there = cfg.adapter is None or adapter_starts_at_identity(cfg)
+    return cfg.model.reinit_weights or not starts_there
+
+
+def names_another_adapter(cfg: RunConfig) -> bool:
+    """Whether that other policy is another adapter on the base that the run starts from."""
+    return names_another_policy(cfg) and cfg.reference.adapter is not None and on_starting_base(cfg)
+
+
+def on_starting_base(cfg: RunConfig) -> bool:
+    """Whether the reference is, or is put on, the checkpoint that the run starts from."""
+    asked = cfg.reference
+    return asked.model is None or (asked.model, asked.revision) == (cfg.model.base_model, cfg.model.revision)
+
+
+def _is_resumed(cfg: RunConfig, adapter: str) -> bool:
+    resumed = cfg.adapter.path if cfg.adapter is not None else None
+    return resumed is not None and (adapter == resumed or Path(adapter).resolve() == Path(resumed).resolve())
 
 
 def resumes_adapter(cfg: RunConfig) -> bool:
@@ -100,6 +123,8 @@ def why_adapter_off_differs(cfg: RunConfig, facts: Facts) -> str | None:
 
 def why_frozen_copy_differs(cfg: RunConfig, facts: Facts) -> str | None:
     """Why the base with a frozen copy of the starting adapter is not, or cannot be, the starting policy."""
+    if names_another_adapter(cfg):
+        return _why_named_adapter_differs(cfg, facts)
     if cfg.adapter is None:
         return "there is no adapter to copy"
     if setting := trains_outside_adapter(cfg, facts):
@@ -115,11 +140,13 @@ def frozen_copy_is_start(cfg: RunConfig, facts: Facts) -> bool:
 
 
 def why_checkpoint_differs(cfg: RunConfig, facts: Facts) -> str | None:
-    """Why loading the starting checkpoint again (with a resumed adapter) is not the starting policy."""
+    """Why loading a checkpoint (again) with its adapter merged in is not the reference asked for."""
+    if names_another_policy(cfg):
+        return _why_merged_differs(cfg, facts.reference or facts.model, facts.reference_adapter)
     if cfg.adapter is None:
         return None
     if resumes_adapter(cfg):
-        return _why_merged_differs(cfg, facts)
+        return _why_merged_differs(cfg, facts.model, facts.adapter)
     if cfg.adapter.layer_replication:
         return "peft_layer_replication gives the policy layers that the checkpoint does not have"
     return _why_start_differs(cfg, _init(cfg.adapter))
@@ -131,11 +158,9 @@ def why_cannot_move(cfg: RunConfig, source: Source, sync: Sync) -> str | None:
         return "a reference that moves towards the policy must start as the policy"
     if source in (Source.ADAPTER_OFF, Source.INITIAL_POLICY):
         return "it is the starting policy at every step, and cannot move"
-    if cfg.adapter is None:
-        return None
     if source is Source.SEPARATE_MODEL:
-        return "only the adapter is trained, so only a copy of the adapter can follow it"
-    if not sync.copies:
+        return _why_model_cannot_move(cfg)
+    if cfg.adapter is not None and not sync.copies:
         return (
             f"reference.mixup_alpha: {sync.mixup_alpha} would mix the adapter's matrices A and B one by one, "
             "and the product of two mixtures is not the mixture of two products"
@@ -143,14 +168,51 @@ def why_cannot_move(cfg: RunConfig, source: Source, sync: Sync) -> str | None:
     return None
 
 
-def _why_merged_differs(cfg: RunConfig, facts: Facts) -> str | None:
-    """Why the base with the resumed adapter merged in is not the base with the adapter."""
-    if cfg.model.load_in_8bit or cfg.model.load_in_4bit or facts.model.quantized:
-        return "merging the resumed adapter into quantized weights would round them again"
-    names = (facts.adapter.tensors if facts.adapter else None) or {}
-    shared = [name for name in names if ".lora_" in name and _SHARED.search(name)]
-    if facts.model.tied_embeddings and shared:
-        return "the resumed adapter is on one of two tied weights, and merging it would change both"
+def _why_model_cannot_move(cfg: RunConfig) -> str | None:
+    if reference_bits(cfg) or cfg.reference.offload is not None:
+        return "weights in 8 or 4 bits, or kept elsewhere until they compute, cannot move"
+    if cfg.adapter is not None:
+        return "only the adapter is trained, so only a copy of the adapter can follow it"
+    return None
+
+
+def _why_named_adapter_differs(cfg: RunConfig, facts: Facts) -> str | None:
+    """Why the adapter named for the reference cannot be held beside the policy's, on the same base."""
+    if cfg.adapter is None:
+        return "the base itself is trained, so an adapter on it would not stay what it is"
+    if setting := trains_outside_adapter(cfg, facts):
+        return f"{setting} trains base weights, which the reference's adapter would share with the policy"
+    own = _init(cfg.adapter) if facts.adapter is None else str(facts.adapter.init_lora_weights).lower()
+    if own not in IDENTITY_INITS | {"false"}:
+        return f"the policy's adapter ({own}) rewrites base weights, on which the reference's was not trained"
+    policy = cfg.adapter
+    more = policy.modules_to_save or policy.trainable_token_indices or policy.target_parameters
+    if more or _more_than_factors(facts.adapter):
+        return "the policy's adapter holds more than low-rank factors, which the reference's does not"
+    if _more_than_factors(facts.reference_adapter):
+        return "the reference's adapter holds more than low-rank factors, which cannot stand beside another's"
+    return None
+
+
+def _more_than_factors(adapter: AdapterFacts | None) -> bool:
+    """Whether an adapter on disk holds whole modules, token rows, biases, or parts of parameters."""
+    if adapter is None:
+        return False
+    beside = any(".lora_" not in name for name in adapter.tensors or {})
+    return beside or adapter.bias != "none" or bool(adapter.modules_to_save or adapter.target_parameters)
+
+
+def _why_merged_differs(cfg: RunConfig, base: ModelFacts, adapter: AdapterFacts | None) -> str | None:
+    """Why `base` with the adapter merged in is not, or cannot be, the base with the adapter."""
+    if adapter is None:
+        return None
+    if cfg.reference.offload is not None:
+        return f"{adapter.location} cannot be merged into weights that are kept elsewhere (reference.offload)"
+    if reference_bits(cfg) or base.quantized:
+        return f"merging {adapter.location} into quantized weights would round them again"
+    shared = [name for name in adapter.tensors or {} if ".lora_" in name and _SHARED.search(name)]
+    if base.tied_embeddings and shared:
+        return f"{adapter.location} is on one of two tied weights, and merging it would change both"
     return None
 
 

@@ -10,6 +10,7 @@ from fiducial.errors import ConfigError
 DATA = {"datasets": [{"path": "a"}]}
 STREAM = DATA | {"streaming": True, "max_steps": 5}
 HELD_OUT = DATA | {"val_set_size": 100}
+SERVED = {"endpoint": "http://h/v1", "model": "m"}
 LORA = {"adapter": "lora"}
 QLORA = {"adapter": "qlora", "load_in_4bit": True}
 
@@ -41,7 +42,7 @@ QLORA = {"adapter": "qlora", "load_in_4bit": True}
         (QLORA | {"fsdp_version": 2}, "cannot be sharded by FSDP 2", LORA | {"fsdp_version": 2}),
         (
             LORA | {"bnb_config_kwargs": {"a": 1}},
-            "needs load_in_4bit",
+            "needs load_in_8bit or load_in_4bit",
             QLORA | {"bnb_config_kwargs": {"a": 1}},
         ),
         (
@@ -214,6 +215,49 @@ def test_keys_that_do_not_go_together(wrong: dict[str, Any], message: str, right
             "precompute_ref_log_probs: True — contradicts reference.schedule: live",
         ),
         ({"reference": "separate_model"}, "reference: separate_model — must be a mapping"),
+        (
+            {"reference": {"source": "initial_policy", "load_in_8bit": True}},
+            "reference.load_in_8bit: True — has no effect with source",
+        ),
+        (
+            {"reference": {"source": "adapter_off", "adapter": "a"}} | LORA,
+            "reference.adapter: a — has no effect with source: adapter_off",
+        ),
+        (
+            {"reference": {"load_in_8bit": True, "load_in_4bit": True}},
+            "reference.load_in_4bit: True — contradicts load_in_8bit",
+        ),
+        (
+            {"reference": {"offload": "disk", "device": "cpu"}},
+            "reference.device: cpu — cannot be combined with offload",
+        ),
+        (
+            {"reference": {"offload": "disk", "load_in_4bit": True}},
+            "reference.load_in_4bit: True — cannot be combined with offload",
+        ),
+        ({"reference": {"offload": "gpu"}}, "reference.offload: gpu — must be one of cpu or disk"),
+        ({"reference": {"source": "endpoint"}}, "endpoint needs reference.endpoint: the server's URL"),
+        (
+            {"reference": {"endpoint": "http://h/v1"}},
+            "needs reference.model: the model's name on that server",
+        ),
+        (
+            {"reference": SERVED | {"source": "separate_model"}},
+            "reference.endpoint: http://h/v1 — contradicts source: separate_model",
+        ),
+        (
+            {"reference": SERVED | {"dtype": "bfloat16"}},
+            "reference.dtype: bfloat16 — has no effect with endpoint",
+        ),
+        ({"reference": SERVED | {"adapter": "a"}}, "reference.adapter: a — has no effect with endpoint"),
+        (
+            {"reference": SERVED | {"endpoint": "h:8000"}},
+            "must be a URL, for example http://localhost:8000/v1",
+        ),
+        (
+            {"reference": SERVED | {"endpoint": "http://me:secret@h/v1"}},
+            "must hold no credentials or query; put a key into the environment as FIDUCIAL_ENDPOINT_KEY",
+        ),
         ({"rl_adapter_ref_model": "yes!"}, "must be true or false"),
         ({"precompute_ref_log_probs": "once"}, "must be true or false"),
         ({"reference": {"device": "cuda"}}, "reference.device: cuda — must be cpu"),
@@ -229,6 +273,10 @@ def test_a_reference_that_contradicts_itself(settings: dict[str, Any], message: 
     "settings",
     [
         {"rl": "orpo", "reference": {"source": "none"}},
+        {"rl": "dpo", "reference": SERVED},
+        {"rl": "dpo", "reference": SERVED | {"source": "endpoint", "revision": "a"}},
+        {"rl": "dpo", "reference": {"adapter": "a", "load_in_4bit": False}},
+        {"rl": "dpo"} | LORA | {"reference": {"source": "frozen_adapter", "adapter": "a"}},
         {"rl": "orpo", "precompute_ref_log_probs": False, "rl_adapter_ref_model": False},
         {"rl": "dpo", "rl_beta": 0},
         {"rl": "dpo"} | LORA | {"reference": {"source": "frozen_adapter", "schedule": "live"}},

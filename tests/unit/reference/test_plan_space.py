@@ -17,6 +17,17 @@ from fiducial.reference.plan import (
 )
 from planning import assert_names_key_and_remedy, decision, facts_of, run
 
+OTHERS: list[dict[str, str]] = [
+    {},
+    {"model": "base"},
+    {"model": "other"},
+    {"adapter": "sft"},
+    {"adapter": "another"},
+    {"model": "other", "adapter": "another"},
+    {"model": "served", "endpoint": "http://localhost/v1"},
+]
+"""Which other policy is named, if any."""
+
 
 def every_run() -> Iterator[dict[str, Any]]:
     adapters: list[dict[str, Any] | None] = [None, {"path": "sft"}, {"path": "sft", "bias": "all"}]
@@ -34,7 +45,7 @@ def every_run() -> Iterator[dict[str, Any]]:
         [False, True],
         sources,
         ["auto", *Schedule],
-        [None, "base", "other"],
+        OTHERS,
     ):
         yield {
             "method": method,
@@ -44,7 +55,7 @@ def every_run() -> Iterator[dict[str, Any]]:
             "reference": {
                 "source": str(source),
                 "schedule": str(schedule),
-                "model": other,
+                **other,
                 "mixup_alpha": 1.0 if schedule == Schedule.SYNCED else None,
             },
         }
@@ -70,7 +81,7 @@ def test_auto_always_finds_a_precomputed_reference() -> None:
     for settings in every_run():
         asked = settings["reference"]
         if asked["source"] == "auto" and asked["schedule"] == "auto" and not settings["streaming"]:
-            if settings["method"] in {None, ORPOConfig()} and asked["model"]:
+            if settings["method"] in {None, ORPOConfig()} and ("model" in asked or "adapter" in asked):
                 continue
             cfg = run(**settings)
             assert plan_reference(cfg, facts_of(cfg)).schedule in {Schedule.PRECOMPUTED, None}
@@ -99,6 +110,14 @@ def assert_right(result: ReferencePlan, cfg: RunConfig) -> None:
         assert result.equals_starting_policy
         assert (result.source is Source.FROZEN_ADAPTER) == (adapter is not None)
     if not result.equals_starting_policy:
-        assert result.source is Source.SEPARATE_MODEL
+        asked = cfg.reference
+        assert result.source in {Source.SEPARATE_MODEL, Source.FROZEN_ADAPTER, Source.ENDPOINT}
+        assert (result.source is Source.ENDPOINT) == (asked.endpoint is not None)
+        # On the policy's own base only, and where that base is still what the adapter was trained on.
+        if result.source is Source.FROZEN_ADAPTER:
+            assert asked.adapter is not None
+            assert asked.model in {None, "base"}
+            assert adapter is not None
+            assert adapter.path is not None or adapter.init_lora_weights in {True, False}
     if result.source is Source.SEPARATE_MODEL and result.equals_starting_policy and adapter is not None:
         assert adapter.path is not None or adapter.init_lora_weights in {True, "pissa"}

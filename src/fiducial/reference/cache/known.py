@@ -54,6 +54,8 @@ def known_records(cfg: RunConfig, plan: ReferencePlan) -> int | None:
 def _path(cfg: RunConfig, plan: ReferencePlan) -> Path | None:
     if not plan.kept or plan.checkpoint is None:
         return None
+    if plan.source is Source.ENDPOINT:  # its name is no place of files
+        return None
     files = list(_files(cfg, plan))
     if not files:
         return None
@@ -71,7 +73,7 @@ def _settings(cfg: RunConfig, plan: ReferencePlan) -> dict[str, Any]:
         "tokens": [cfg.tokenizer.tokens, cfg.tokenizer.resize_embeddings_to_32x],
         "adapter": adapter,
         "source": plan.source,
-        "reference": cfg.reference.model_dump(include={"model", "revision", "dtype", "device"}),
+        "reference": cfg.reference.model_dump(exclude={"source", "schedule", "cache", "flush_seconds"}),
         "seed": cfg.optimization.seed if draws else None,
     }
 

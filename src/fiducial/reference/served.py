@@ -1,0 +1,106 @@
+"""Filling a store from a server: every completion without a record is asked for, several at a time.
+
+What was answered is kept, whatever happens to the rest.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+from fiducial.agreement import all_or_none
+from fiducial.data.tokenize import TokenizedGroup
+from fiducial.reference.cache.passes import Groups, look_up
+from fiducial.reference.cache.processes import barrier, rank
+from fiducial.reference.cache.shards import Logps
+from fiducial.reference.cache.store import LogpStore
+from fiducial.reference.endpoint import Endpoint
+
+AT_ONCE = 8
+"""Requests under way; servers batch them."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    group: TokenizedGroup
+    position: int
+
+
+def ask_for_missing(
+    groups: Groups,
+    endpoint: Endpoint,
+    store: LogpStore,
+    *,
+    flush_every: float,
+    progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """Bring every completion of `groups` into `store`, and return how many were asked for here.
+
+    The first process asks, the others read. `progress(done, total)` counts completions.
+
+    Raises:
+        ModelError: The server does not answer, or not for these tokens. What it answered is in the store.
+        CacheError: Records cannot be written.
+    """
+    barrier()
+    asked = 0
+    with all_or_none():
+        if rank() == 0:
+            asked = _ask(groups, endpoint, store, flush_every, progress)
+    barrier()
+    store.reload()
+    return asked
+
+
+def _ask(
+    groups: Groups,
+    endpoint: Endpoint,
+    store: LogpStore,
+    flush_every: float,
+    progress: Callable[[int, int], None] | None,
+) -> int:
+    parts = look_up(groups, store).parts
+    total = sum(len(positions) for _, positions in parts)
+    items = (_Asked(groups[index], position) for index, positions in parts for position in positions)
+    done, written = 0, time.monotonic()
+    try:
+        for item, logps in _answers(items, endpoint):
+            store.put(item.group.keys[item.position], logps, item.group)
+            done += 1
+            if time.monotonic() - written > flush_every:
+                store.flush()
+                written = time.monotonic()
+            if progress is not None:
+                progress(done, total)
+    finally:
+        store.flush()
+    return done
+
+
+def _answers(items: Iterator[_Asked], endpoint: Endpoint) -> Iterator[tuple[_Asked, Logps]]:
+    """Answers as they come; when one fails those under way are still given out, and then it is raised."""
+    under_way: dict[Future[Logps], _Asked] = {}
+    failed: Exception | None = None
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        exhausted = False
+        while not exhausted or under_way:
+            while not exhausted and failed is None and len(under_way) < 2 * AT_ONCE:
+                item = next(items, None)
+                if item is None:
+                    exhausted = True
+                else:
+                    prompt, completion = item.group.prompt, item.group.completions[item.position]
+                    under_way[pool.submit(endpoint.logps, prompt.tolist(), completion.tolist())] = item
+            exhausted = exhausted or failed is not None
+            for future in wait(under_way, return_when=FIRST_COMPLETED).done:
+                item = under_way.pop(future)
+                if (error := future.exception()) is None:
+                    yield item, future.result()
+                elif isinstance(error, Exception):
+                    failed = failed or error
+                    for waiting in [each for each in under_way if each.cancel()]:
+                        del under_way[waiting]
+                else:
+                    raise error
+    if failed is not None:
+        raise failed

@@ -1,0 +1,65 @@
+"""What contract tests of references do: load by a plan, ask, train a few steps."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fiducial.config.schema import RunConfig
+from fiducial.model.loader import ModelLoader
+from fiducial.model.scoring import Scorer
+from fiducial.reference.cache import LogpStore, score_reference
+from fiducial.reference.identity import identify
+from fiducial.reference.named_adapter import put_named_adapter, take_named_adapter
+from fiducial.reference.plan import ReferencePlan, Schedule, Source
+from fiducial.reference.sources import Reference, build_reference, build_scoring_reference
+from tiny import random_groups, tiny_tokenizer
+
+GROUPS = random_groups(4)
+
+
+def load_policy(cfg: RunConfig) -> Scorer:
+    model, _ = ModelLoader(cfg, tiny_tokenizer()).load()
+    return Scorer(model.train(), layout="packed")
+
+
+def second_model(cfg: RunConfig, plan: ReferencePlan) -> Scorer | None:
+    if plan.source is not Source.SEPARATE_MODEL:
+        return None
+    model, _ = ModelLoader(cfg, tiny_tokenizer(), reference_model=True).load()
+    return Scorer(model, layout="packed")
+
+
+def reference_by_plan(plan: ReferencePlan, cfg: RunConfig, policy: Scorer, folder: Path) -> Reference:
+    second = second_model(cfg, plan)
+    put_named_adapter(plan, policy.model, pickle=False)
+    if plan.schedule is Schedule.LIVE:
+        return build_reference(plan, policy, second)
+    store = LogpStore(folder, identify(plan, second or policy))
+    source = build_scoring_reference(plan, policy, second)
+    score_reference(GROUPS, source, second or policy, store, token_budget=96)
+    take_named_adapter(plan, policy.model)
+    return build_reference(plan, policy, store=store)
+
+
+def answers(reference: Reference, policy: Scorer) -> Tensor:
+    logps = reference.token_logps(policy.pack(GROUPS))
+    assert logps is not None
+    return logps.values
+
+
+def train(policy: Scorer, reference: Reference, steps: int = 3) -> None:
+    parameters = [value for value in policy.model.parameters() if value.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+    for _ in range(steps):
+        batch = policy.pack(GROUPS)
+        compared = reference.token_logps(batch)
+        ratios = policy(batch).reduce().sum - compared.reduce().sum
+        margins = ratios[0::2] - ratios[1::2]
+        (-torch.nn.functional.logsigmoid(0.1 * margins).mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def furthest(first: Tensor, second: Tensor) -> float:
+    return (first - second).abs().max().item()
