@@ -223,6 +223,8 @@ def identify_reference(run: Run, policy: Policy, second: Scorer | None) -> Ident
     Raises:
         ModelError: The reference's weights are kept elsewhere, and are not those of its files.
     """
+    if run.plan.checkpoint is not None and run.plan.source is Source.ENDPOINT:
+        return identify_served(run.plan.checkpoint)
     with all_or_none():
         put_named_adapter(run.plan, policy.model, pickle=run.cfg.model.allow_pickle_weights)
         return identify_loaded(run.cfg, run.plan, run.tokenizer, second or policy.scorer)

@@ -28,6 +28,7 @@ from fiducial.model.tokenizer import load_tokenizer
 from fiducial.prepare import (
     Policy,
     Run,
+    identify_reference,
     load_policy,
     load_second_model,
     main_console,
@@ -44,7 +45,7 @@ from fiducial.reference.moving import build_follower, load_moved
 from fiducial.reference.noise import logps_of, measure_noise
 from fiducial.reference.plan import ReferencePlan, Source, plan_reference
 from fiducial.reference.predicted import predict_identity
-from fiducial.reference.sources import SOURCES, Reference, build_scoring_reference
+from fiducial.reference.sources import SOURCES, Parts, Reference, build_scoring_reference
 from fiducial.reference.spot_check import spot_check
 from fiducial.reference.verify import Proof, prove_reference, require_adapter_off
 from fiducial.run_record import Answers, RunRecord, require_same_reference
@@ -119,8 +120,9 @@ def _load(run: Run) -> _Loaded:
     budget = choose_token_budget(run.cfg, run.facts, run.plan, args.device)
     policy = load_policy(run, args.device, budget)
     second = load_second_model(run, args.device)
-    identity = identify(run.plan, second or policy.scorer)
-    return _Loaded(run, policy, second, SOURCES[run.plan.source](policy.scorer, second), identity)
+    identity = identify_reference(run, policy, second)
+    reference = SOURCES[run.plan.source](Parts(run.plan, policy.scorer, second))
+    return _Loaded(run, policy, second, reference, identity)
 
 
 def _as_in_files(loaded: _Loaded) -> str:

@@ -26,8 +26,8 @@ class Approximation:
         """What was measured, for people."""
         return (
             f"The reference is an approximation, {self.how}: on {self.num_tokens} tokens its log-probs "
-            f"differ from the exact reference's by {self.mean_difference:.2g} nats a token on average, at most "
-            f"{self.max_difference:.2g}."
+            f"differ from the exact reference's by {self.mean_difference:.2g} nats a token on average, at "
+            f"most {self.max_difference:.2g}."
         )
 
 

@@ -12,10 +12,10 @@ from fiducial.model.scoring import Scorer
 from fiducial.reference.cache.passes import Groups
 from fiducial.reference.cache.scoring import FLUSH_SECONDS, ScoringReference, score_reference
 from fiducial.reference.cache.store import LogpStore
+from fiducial.reference.noise import ALLOWANCE
 from fiducial.reference.served import ask_for_missing
 from fiducial.reference.sources import Served
 from fiducial.reference.spot_check import SpotCheck, spot_check
-from fiducial.reference.verify import ALLOWANCE
 
 
 def fill(
