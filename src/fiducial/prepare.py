@@ -7,47 +7,40 @@ judged = prove(run, policy, ahead)    the reference the trainer asks, measured a
 """
 
 import gc
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
-from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fiducial.agreement import all_or_none
-from fiducial.config.load import validate_config
-from fiducial.config.schema import RunConfig
 from fiducial.data.dataset import TokenizedDataset
-from fiducial.data.labels import fit_to_method
-from fiducial.data.prepare import PreparedData, load_groups
+from fiducial.data.prepare import PreparedData
 from fiducial.data.tokenize import TokenizedGroup
-from fiducial.errors import ConfigError
+from fiducial.loading import (
+    Policy,
+    Run,
+    is_first_process,
+    load_exact_model,
+    load_policy,
+    load_second_model,
+    main_console,
+    read_run,
+    typical_groups,
+)
 from fiducial.logps import ENTROPY
 from fiducial.losses import build_loss
-from fiducial.model.layout import LayoutChoice, choose_layout
-from fiducial.model.loader import ModelLoader
-from fiducial.model.offload import is_offloaded
-from fiducial.model.precision import resolve_precision
-from fiducial.model.quantisation import is_quantised
 from fiducial.model.scoring import Scorer
-from fiducial.model.tokenizer import load_tokenizer
 from fiducial.reference.approximation import Approximation, measure_approximation
 from fiducial.reference.cache import LogpStore
 from fiducial.reference.cache.known import remember
 from fiducial.reference.cache.opening import open_store
-from fiducial.reference.facts import Facts, gather_facts
 from fiducial.reference.fill import fill, fill_from_server, tell_checked, warn
 from fiducial.reference.identity import Identity, identify_served
 from fiducial.reference.kept import Kept
-from fiducial.reference.kinds import ReferencePlan, Schedule, Source
+from fiducial.reference.kinds import Source
 from fiducial.reference.moving import Follower, build_follower
 from fiducial.reference.named_adapter import put_named_adapter, take_named_adapter
-from fiducial.reference.plan import plan_reference
 from fiducial.reference.predicted import identify_loaded
-from fiducial.reference.setup import setup_reference_model
 from fiducial.reference.sources import (
     InitialPolicy,
     NoReference,
@@ -59,42 +52,25 @@ from fiducial.reference.sources import (
 )
 from fiducial.reference.spot_check import spot_check
 from fiducial.reference.verify import Proof, prove_reference, require_adapter_off
-from fiducial.run_record import RunRecord, require_same_reference
-from fiducial.training.arguments import world_size
+from fiducial.run_record import require_same_reference
 from fiducial.training.objective import Objective
 
-PROOF_GROUPS = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """What is known of a run before weights are loaded."""
-
-    cfg: RunConfig
-    facts: Facts
-    plan: ReferencePlan
-    tokenizer: PreTrainedTokenizerBase
-    data: PreparedData
-    console: Console
-    record: RunRecord | None = None
-    """What an earlier start of the same run left; its reference must still be the same."""
-    settings: Mapping[str, Any] | None = None
-    """The run in the keys of the YAML dialect, where it was given in them."""
-
-    @property
-    def precomputes(self) -> bool:
-        """Whether the reference is scored before step 1."""
-        return self.plan.schedule is Schedule.PRECOMPUTED
-
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """The model that trains, and how groups are laid out for it."""
-
-    model: PreTrainedModel
-    scorer: Scorer
-    layout: LayoutChoice
-    micro_batch_tokens: int
+__all__ = [
+    "Policy",
+    "ProvedReference",
+    "Run",
+    "ScoredAhead",
+    "build_objective",
+    "identify_reference",
+    "is_first_process",
+    "load_policy",
+    "load_second_model",
+    "main_console",
+    "prove",
+    "read_run",
+    "score_ahead",
+    "typical_groups",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,58 +97,6 @@ class ProvedReference:
     """What moves the reference, where the plan has it follow the policy."""
     approximation: Approximation | None = None
     """How far it is from the exact reference, where it is held less exactly."""
-
-
-def read_run(cfg: RunConfig | Mapping[str, Any], console: Console | None = None) -> Run:
-    """Check, plan, and read the data; every mistake that needs no weights is found here.
-
-    Raises:
-        FiducialError: the config, the plan, a checkpoint's files, or the data are wrong.
-    """
-    checked = validate_config(cfg)
-    _require_trainable(checked)
-    facts = gather_facts(checked)
-    plan = plan_reference(checked, facts)
-    tokenizer = load_tokenizer(checked)
-    data = load_groups(checked, tokenizer, num_processes=world_size())
-    assert checked.method is not None, "required"
-    assert checked.data is not None, "required"
-    data = fit_to_method(
-        data, checked.method, seed=checked.optimization.seed, sequence_len=checked.data.sequence_len
-    )
-    return Run(checked, facts, plan, tokenizer, data, console or main_console())
-
-
-def main_console() -> Console:
-    """One process of a distributed run speaks for all of them."""
-    return Console(quiet=not is_first_process())
-
-
-def is_first_process() -> bool:
-    """Whether this process writes and speaks for the others."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def load_policy(run: Run, device: torch.device, micro_batch_tokens: int) -> Policy:
-    """The starting policy on `device`, in the layout it was measured to allow: in every process or none."""
-    with all_or_none():
-        model, _ = ModelLoader(run.cfg, run.tokenizer).load()
-        scorer, layout = _scorer(run, model, device)
-    return Policy(scorer.model, scorer, layout, micro_batch_tokens)
-
-
-def load_second_model(run: Run, device: torch.device) -> Scorer | None:
-    """The second model, where the plan's reference is one: in every process or none."""
-    if run.plan.source is not Source.SEPARATE_MODEL:
-        return None
-    with all_or_none():
-        live = setup_reference_model(run.cfg, run.tokenizer)
-        # An explicit `schedule: precomputed` needs it for the scoring pass alone.
-        model = (
-            live if live is not None else ModelLoader(run.cfg, run.tokenizer, reference_model=True).load()[0]
-        )
-        where = torch.device("cpu") if run.cfg.reference.device == "cpu" else device
-        return _scorer(run, model, where)[0]
 
 
 def score_ahead(
@@ -307,7 +231,9 @@ def _measured(
         return None
     with all_or_none():
         starts_there = run.plan.equals_starting_policy
-        exact: Reference = InitialPolicy(policy.scorer) if starts_there else SeparateModel(_exact_model(run))
+        exact: Reference = (
+            InitialPolicy(policy.scorer) if starts_there else SeparateModel(load_exact_model(run))
+        )
     try:
         return measure_approximation(reference, exact, policy.scorer, groups, how)
     finally:
@@ -315,27 +241,11 @@ def _measured(
         _free()
 
 
-def _exact_model(run: Run) -> Scorer:
-    """The second model held as the policy is, on the CPU, for the moment in which it is compared with."""
-    whole = {"dtype": None, "load_in_8bit": False, "load_in_4bit": False, "device": "cpu", "offload": None}
-    held = run.cfg.reference.model_copy(update=whole)
-    cfg = run.cfg.model_copy(update={"reference": held})
-    model, _ = ModelLoader(cfg, run.tokenizer, reference_model=True).load()
-    return _scorer(run, model, torch.device("cpu"))[0]
-
-
 def build_objective(run: Run, policy: Policy, judged: ProvedReference) -> Objective:
     """What is minimised, and measured on the way."""
     assert run.cfg.method is not None
     logged = (ENTROPY,) if run.cfg.output.log_entropy else ()
     return Objective(policy.scorer, judged.reference, build_loss(run.cfg.method), logged=logged)
-
-
-def typical_groups(data: TokenizedDataset) -> list[TokenizedGroup]:
-    """A few groups from the shorter half: real rows, and cheap to score a few times."""
-    by_length = np.argsort(data.lengths, kind="stable")
-    start = len(by_length) // 4
-    return [data[int(index)] for index in by_length[start : start + PROOF_GROUPS]]
 
 
 def _identify(run: Run, scorer: Scorer) -> Identity:
@@ -348,20 +258,6 @@ def _unchanged(run: Run, identity: Identity) -> Identity:
         for change in require_same_reference(run.record, identity.as_dict()):
             warn(run.console, f"the reference is the same as when the run started, but {change}.")
     return identity
-
-
-def _scorer(run: Run, model: Any, device: torch.device) -> tuple[Scorer, LayoutChoice]:
-    if not (is_quantised(model) or is_offloaded(model)):  # those are where they are
-        model.to(device)
-    autocast = resolve_precision(run.cfg, device).autocast
-    layout = choose_layout(
-        model,
-        typical_groups(run.data.sample),
-        packing=run.cfg.model.packing,
-        longest=run.data.longest,
-        autocast=autocast,
-    )
-    return Scorer(model, layout=layout.layout, autocast=autocast), layout
 
 
 def _open_store(run: Run, scorer: Scorer) -> LogpStore:
@@ -393,20 +289,3 @@ def _datasets(data: PreparedData) -> dict[str, TokenizedDataset]:
     assert isinstance(data.train, TokenizedDataset), "streamed rows cannot be scored ahead"
     held_out = {"held-out": data.evaluation} if data.evaluation is not None else {}
     return {"training": data.train} | held_out
-
-
-def _require_trainable(cfg: RunConfig) -> None:
-    missing = [key for key, value in {"rl": cfg.method, "datasets": cfg.data}.items() if value is None]
-    if missing:
-        raise ConfigError(
-            f"{', '.join(missing)}: needed to train. Write, for example, rl: dpo and "
-            "datasets: [{path: pairs.jsonl}]."
-        )
-    if cfg.method is not None:
-        build_loss(cfg.method)  # refuses a method that can only be planned
-    if cfg.adapter is not None and cfg.model.unfrozen_parameters is not None:
-        raise ConfigError(
-            "unfrozen_parameters: weights outside the adapter would be trained and then lost, because an "
-            "adapter is saved without its base. Name whole modules with lora_modules_to_save, or remove "
-            "adapter."
-        )

@@ -51,6 +51,7 @@ LAYERS = {
     "fiducial.reference.verify": 6,
     "fiducial.training": 7,
     "fiducial.model_card": 8,
+    "fiducial.loading": 8,
     "fiducial.prepare": 8,
     "fiducial.record_keeping": 8,
     "fiducial.run_report": 8,
