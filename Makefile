@@ -38,7 +38,7 @@ test: $(VENV)/.installed-dev
 	$(PYTEST) tests
 
 test-unit: $(VENV)/.installed-dev
-	$(PYTEST) tests/unit tests/contract
+	$(PYTEST) -m "not slow" tests/unit tests/contract
 
 test-gpu: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q tests/gpu

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 our bug, 2 a mistake the user can mend, 130 interrupted.
 
 import errno
 import json
+import logging
 import os
 import traceback
 import warnings
@@ -222,9 +223,11 @@ def _tell_notes(run: RunConfig, notes: tuple[str, ...] = ()) -> None:
 
 def _quieten() -> None:
     """Keep off the screen what says nothing of the run: bars of single loads, a warning between libraries."""
-    from transformers.utils import logging
+    from transformers.utils.logging import disable_progress_bar
 
-    logging.disable_progress_bar()
+    disable_progress_bar()
+    # On some CPUs it looks on the hub for a kernel that no run here uses (`compat`), and says that it cannot.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # PEFT 0.21 asks a transformers 5.23 model by the property's old name; goes with PEFT's next release.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 

@@ -50,6 +50,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_two_processes(two_processes: dict[str, Tensor], name: str) -> None:
     assert_same(two_processes[name], in_passes(ALL[name], 1, name=name))

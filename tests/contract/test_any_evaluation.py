@@ -40,6 +40,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[st
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_two_processes(tmp_path: Path, two_processes: dict[str, dict[str, float]], name: str) -> None:
     groups = groups_of_the_step(name)[:ROWS]

@@ -18,6 +18,7 @@ def test_one_process_fails_as_it_would_anyway() -> None:
         pass
 
 
+@pytest.mark.slow
 def test_every_process_ends_with_the_failure_of_one(tmp_path: Path) -> None:
     torchrun(WORKER, str(tmp_path), timeout=120)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))

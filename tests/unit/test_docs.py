@@ -101,6 +101,7 @@ def test_yaml_is_a_run_or_part_of_one(block: Block, workspace: Path) -> None:
     assert report["method"]["name"] == whole["rl"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("where", "command"), commands())
 def test_command_runs(where: str, command: str, workspace: Path) -> None:
     program, *arguments = shlex.split(command)
@@ -142,6 +143,7 @@ def run_python(arguments: list[str]) -> None:
 RUNNERS = {"fiducial": run_fiducial, "make": run_make, "pip": run_pip, "python": run_python}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "block", [block for block in blocks("python") if block.file != "CONTRIBUTING.md"], ids=str
 )
@@ -196,6 +198,7 @@ def test_documents_are_short(name: str) -> None:
     assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= 150
 
 
+@pytest.mark.slow
 def test_the_recipe_for_a_loss_works(tmp_path: Path) -> None:
     for folder in ("src", "tests"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))

@@ -183,6 +183,7 @@ def test_settings_that_cannot_work(load: Load, options: dict[str, Any], says: st
         load([pair(0), pair(1)], **options)
 
 
+@pytest.mark.slow
 def test_processes_give_the_same_groups(load: Load) -> None:
     rows = [pair(number) for number in range(1500)] + [{**pair(0), "chosen": ""}]
     alone, shared = load(rows), load(rows, num_proc=2)
@@ -252,6 +253,7 @@ def test_damaged_store(load: Load, tmp_path: Path) -> None:
         load([pair(0)], prepared_path=str(folder), dataset={"path": str(tmp_path / "rows0.jsonl")})
 
 
+@pytest.mark.slow
 def test_real_pairs(
     shared_data: Path, run_config: Callable[..., RunConfig], byte_tokenizer: PreTrainedTokenizerFast
 ) -> None:

@@ -248,6 +248,7 @@ def test_a_row_without_a_column_is_odd(load: Callable[..., PreparedData]) -> Non
     assert prepared.account().datasets[0].dropped["a field is missing"].rows == [1]
 
 
+@pytest.mark.slow
 def test_real_pairs(
     shared_data: Path, run_config: Callable[..., RunConfig], byte_tokenizer: PreTrainedTokenizerFast
 ) -> None:

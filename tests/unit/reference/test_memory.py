@@ -182,6 +182,7 @@ def tiny_policy(adapter: AdapterConfig | None, **overrides: Any) -> Any:
     return get_peft_model(policy, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
+@pytest.mark.slow
 @BOTH
 def test_a_pass_peaks_where_the_formula_says(
     adapter: AdapterConfig | None, checkpoints: dict[str, Path]
@@ -192,6 +193,7 @@ def test_a_pass_peaks_where_the_formula_says(
     assert formula.of(tokens) == pytest.approx(measured, rel=0.3)
 
 
+@pytest.mark.slow
 @BOTH
 def test_a_second_head_beside_it_takes_what_the_formula_says(
     adapter: AdapterConfig | None, tmp_path: Path

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -86,7 +87,15 @@ def test_a_signal_finishes_the_step_saves_and_stops(tmp_path: Path, number: int)
     assert signal.getsignal(number) is before
 
 
-def test_a_second_signal_acts_at_once(tmp_path: Path) -> None:
+@pytest.fixture
+def python_takes_interrupts() -> Iterator[None]:
+    """As in a terminal: a shell's background jobs are started with interrupts ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_signal_acts_at_once(tmp_path: Path, python_takes_interrupts: None) -> None:
     interruption = Interruption()
     trainer = build_trainer(tmp_path, callbacks=[interruption])
     interruption.on_train_begin(trainer.args, trainer.state, trainer.control)

@@ -7,7 +7,11 @@ from rich.console import Console
 
 from fiducial.training.closing import closing_table
 
-MEMORY = {"peak_bytes": 2**30, "measured_peak_bytes": 2**29}
+RECORD = {
+    "proof": {},
+    "predicted": {"scoring_share": 0.25, "peak_bytes": 2**30},
+    "measured": {"scoring_share": 0.2, "peak_bytes": 2**29},
+}
 
 
 @pytest.mark.parametrize("unit", ["pair", "completion", "list"])
@@ -16,7 +20,7 @@ def test_what_is_counted_is_named(unit: str, prefix: str, title: str) -> None:
     history = [{f"{prefix}loss": 0.7, "pairs_per_second": 3.0}, {f"{prefix}loss": 0.4}]
     output = io.StringIO()
 
-    Console(file=output, width=80).print(closing_table(history, MEMORY, unit=unit))
+    Console(file=output, width=80).print(closing_table(history, RECORD, unit=unit))
 
     assert f"{title} {unit}s" in output.getvalue()
     assert f"{unit}s a second" in output.getvalue()

@@ -162,6 +162,7 @@ def test_addresses(reference_cache: Path) -> None:
     assert shown("ftp://u:secret@host/x") == "ftp://host/x"
 
 
+@pytest.mark.slow
 def test_two_runs_on_two_machines_share_one_cache(
     memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -116,6 +116,7 @@ def test_an_interrupted_pass_ends_with_the_same_bits(tmp_path: Path, stop_after:
     assert not list(resumed.folder.glob("unfinished-*")), "nothing is left to remember"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remembered", [True, False])
 def test_what_one_of_two_processes_left_ends_with_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remembered: bool
