@@ -17,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from bench.agreement import COMPARED, LOGPS, agree
 from bench.contestant import Job, Result
-from bench.measure import machine, matrix_rate, versions
+from bench.measure import machine, matrix_rates, versions
 from bench.methods import METHODS
 from bench.shapes import Cost, config, cost, save_checkpoint
 from bench.workload import Workload, padded_tokens, real_tokens, statistics, waste
@@ -83,7 +83,7 @@ def compare(setting: Setting, contestants: Sequence[Contestant]) -> dict[str, An
         for name, result in results.items():
             agree(name, result, expected, compared)
     products = cost(config(setting.shape, longest=workload.max_length))
-    rate = _machine_rate(products, setting)
+    rates = _machine_rates(products, setting)
     return {
         "method": setting.method,
         "data": workload.name,
@@ -96,8 +96,11 @@ def compare(setting: Setting, contestants: Sequence[Contestant]) -> dict[str, An
         | {"padded_tokens": padded_tokens(workload.measured, workload.batch_size)},
         "waste": waste(workload.measured, workload.batch_size),
         "population": workload.population,
-        "matrix_rate": rate,
-        "contestants": {name: figures(result, workload, products, rate) for name, result in results.items()},
+        "matrix_rate": rates["fastest"],
+        "torch_matrix_rate": rates["torch"],
+        "contestants": {
+            name: figures(result, workload, products, rates["fastest"]) for name, result in results.items()
+        },
         "raw": {name: asdict(result) for name, result in results.items()},
     }
 
@@ -143,10 +146,10 @@ def _told(contestant: Contestant, job: Job) -> Job:
     return replace(job, precomputed=contestant.precomputed, attention=contestant.attention)
 
 
-def _machine_rate(products: Cost, setting: Setting) -> float:
+def _machine_rates(products: Cost, setting: Setting) -> dict[str, float]:
     """The machine's FLOP/s on the products of the workload's average step."""
     facts, batch_size = statistics(setting.workload.measured), setting.workload.batch_size
-    return matrix_rate(
+    return matrix_rates(
         products,
         body_tokens=round(facts["shared_tokens"] * batch_size),
         scored_tokens=round(facts["scored_tokens"] * batch_size),
@@ -211,7 +214,8 @@ def table(comparison: Mapping[str, Any]) -> Table:
         f"({facts['padded_tokens']:.0f} padded)\n"
         f"{unit}/s: reference included; training: without it; scoring: its time over training's\n"
         "GiB: peak memory above the policy's weights; + att.: attention's own products counted too\n"
-        f"limit: this machine on products of these sizes, {comparison['matrix_rate'] / 1e9:,.0f} GFLOP/s"
+        f"limit: this machine on products of these sizes, {comparison['matrix_rate'] / 1e9:,.0f} GFLOP/s; "
+        f"torch's own products reach {comparison['torch_matrix_rate'] / 1e9:,.0f}"
     )
     grid = Table(title=title)
     grid.add_column("")

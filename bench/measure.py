@@ -105,25 +105,32 @@ def resident_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def matrix_rate(
+def matrix_rates(
     cost: Cost, *, body_tokens: int, scored_tokens: int, dtype: torch.dtype, device: torch.device
-) -> float:
+) -> dict[str, float]:
     """FLOP/s of this machine over exactly the products of one training step, and nothing else.
 
     Each linear layer's forward and two backward products are timed at the step's own sizes, best of a few
-    runs, by whichever of torch's libraries is faster at it; the rate is all operations over all seconds.
+    runs; a rate is all operations over all seconds. `torch` is that of torch's own products, `fastest` that
+    of the faster library for each of them.
     """
     products = [(shape, body_tokens) for shape in cost.body] + [(cost.head, scored_tokens)]
     seconds = {key: _product_seconds(*key, dtype, device) for key in set(products)}
-    return cost.training(body_tokens, scored_tokens) / sum(seconds[key] for key in products)
+    operations = cost.training(body_tokens, scored_tokens)
+    return {name: operations / sum(seconds[key][name] for key in products) for name in ("torch", "fastest")}
 
 
-def _product_seconds(shape: Product, tokens: int, dtype: torch.dtype, device: torch.device) -> float:
+def _product_seconds(
+    shape: Product, tokens: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, float]:
     inputs = torch.randn(tokens, shape[0], dtype=dtype, device=device)
     weight = torch.randn(shape[1], shape[0], dtype=dtype, device=device)
     outputs = torch.randn(tokens, shape[1], dtype=dtype, device=device)
     pairs = ((inputs, weight.T), (outputs, weight), (outputs.T, inputs))
-    return sum(min(_best_seconds(partial(way, *pair)) for way in (torch.mm, product)) for pair in pairs)
+    torchs, ours = (
+        [_best_seconds(partial(multiply, *pair)) for pair in pairs] for multiply in (torch.mm, product)
+    )
+    return {"torch": sum(torchs), "fastest": sum(map(min, torchs, ours))}
 
 
 def _best_seconds(run: Callable[[], object], *, least_runs: int = 3, least_seconds: float = 0.2) -> float:

@@ -184,7 +184,12 @@ def comparison(method: str = "dpo", precision: str = "float32") -> dict[str, obj
     facts = {"shared_tokens": 3.0, "padded_tokens": 4.0}
     return {
         **{"method": method, "data": "x", "unit": "pairs", "precision": precision, "batch_size": 2},
-        **{"matrix_rate": 1e9, "examples": facts, "waste": {"padding": 0.25, "repeated_prompts": 0.1}},
+        **{
+            "matrix_rate": 1e9,
+            "torch_matrix_rate": 5e8,
+            "examples": facts,
+            "waste": {"padding": 0.25, "repeated_prompts": 0.1},
+        },
         "contestants": {
             "TRL default": row,
             "TRL precomputed": row | {"per_second": 2 * row["per_second"]},
