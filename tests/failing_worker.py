@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from fiducial import cli, prepare
+from fiducial import cli
 from fiducial.errors import ModelError
+from fiducial.model.loader import ModelLoader
 from fiducial.training.objective import Objective
 
 
@@ -15,7 +16,7 @@ def damaged_checkpoint() -> None:
     def load(self: object) -> Any:
         raise ModelError("a weights file is damaged")
 
-    prepare.ModelLoader.load = load
+    ModelLoader.load = load
 
 
 def in_second_step(fail: Any) -> None:
