@@ -77,7 +77,7 @@ def test_it_trains_and_evaluates_on_real_rows(
         again = evaluate(config | {"eval_batch_size": size})
         for name in ("loss", "kl", "rewards/chosen", "rewards/accuracies"):
             assert again[name] == pytest.approx(result.metrics[f"eval_{name}"], rel=1e-4, abs=1e-5)
-        assert "on 6 held-out completions" in " ".join(capsys.readouterr().out.split())
+        assert "on 6 completions" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("stop", [3, 5])

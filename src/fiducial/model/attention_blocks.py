@@ -20,7 +20,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fiducial.model.attention_plan import MAX_BLOCK_ROWS, AttentionPlan, Block, Rows, Visibility
-from fiducial.model.products import batched_product
 
 Query = Float[Tensor, "heads row head_dim"]
 Key = Float[Tensor, "kv_heads row head_dim"]
@@ -64,7 +63,7 @@ class _BlockAttention(torch.autograd.Function):
             for block in plan.blocks:
                 rows = block.key_rows(rule.visibility.first_key(block))
                 probs = scores.probabilities(block, rows)[0].to(value.dtype)
-                product = batched_product(_fold(probs, len(value)), _take(value, rows))
+                product = torch.bmm(_fold(probs, len(value)), _take(value, rows))
                 out[block.start : block.stop] = _unfold(product, len(query)).transpose(0, 1)
         ctx.save_for_backward(query, key, value, sinks, out)
         ctx.plan, ctx.rule = plan, rule
@@ -96,9 +95,7 @@ class _Scores:
     def probabilities(self, block: Block, rows: list[Rows]) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Softmax over the keys at `rows` [heads, queries, keys], the sink's share, the soft cap's slope."""
         key = _take(self.key, rows)
-        scores = batched_product(
-            _fold(self.query[:, block.start : block.stop], len(key)), key.transpose(1, 2)
-        )
+        scores = torch.bmm(_fold(self.query[:, block.start : block.stop], len(key)), key.transpose(1, 2))
         scores = _unfold(scores, len(self.query))
         slope = None
         if self.rule.softcap is not None:
@@ -149,9 +146,9 @@ class _Gradients:
         _add(
             self.of_value,
             rows,
-            batched_product(_fold(probs.to(self.compute), kv_heads).transpose(1, 2), folded),
+            torch.bmm(_fold(probs.to(self.compute), kv_heads).transpose(1, 2), folded),
         )
-        change = batched_product(folded, _take(self.value_columns, rows, dim=2)).to(self.wide)
+        change = torch.bmm(folded, _take(self.value_columns, rows, dim=2)).to(self.wide)
         change = _unfold(change, heads)
         if sink_share is not None and self.of_sinks is not None:
             self.of_sinks -= (sink_share * mean).sum((1, 2))
@@ -160,8 +157,8 @@ class _Gradients:
             change = change.mul_(slope)
         change = _fold(change.to(self.compute), kv_heads)
         span = slice(block.start, block.stop)
-        self.of_query[:, span] = _unfold(batched_product(change, _take(self.key, rows)), heads)
-        _add(self.of_key, rows, batched_product(change.transpose(1, 2), _fold(self.query[:, span], kv_heads)))
+        self.of_query[:, span] = _unfold(torch.bmm(change, _take(self.key, rows)), heads)
+        _add(self.of_key, rows, torch.bmm(change.transpose(1, 2), _fold(self.query[:, span], kv_heads)))
 
     def finished(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Gradients of query, key, value and sinks, in the inputs' dtypes."""

@@ -55,16 +55,6 @@ def write_product(out: Float[Tensor, "m n"], left: Float[Tensor, "m k"], right: 
         out.copy_(product(left, right))
 
 
-def batched_product(left: Float[Tensor, "b m k"], right: Float[Tensor, "b k n"]) -> Float[Tensor, "b m n"]:
-    """The product of two matrices, for each of a batch, without gradient."""
-    if not _suits(left[0], right[0]):
-        return torch.bmm(left, right)
-    out = left.new_empty(len(left), left.shape[1], right.shape[2])
-    for index in range(len(left)):
-        out[index] = compat.onednn_product(left[index], right[index].t())
-    return out
-
-
 def fast_products() -> AbstractContextManager[object]:
     """Inside, linear layers multiply as `product` does, forward and backward.
 
@@ -77,13 +67,16 @@ def fast_products() -> AbstractContextManager[object]:
 def torch_is_slow() -> bool:
     """Whether this processor is one on which oneDNN beats torch's own float32 products."""
     backends: Any = torch.backends  # without types
-    return (
+    slow = (
         backends.mkl.is_available()
         and backends.mkldnn.is_available()
         and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
         and compat.has_onednn_product()
         and "GenuineIntel" not in _processor()
     )
+    if slow:
+        compat.bound_onednn_caches()
+    return slow
 
 
 def _processor() -> str:
