@@ -143,11 +143,7 @@ class _Gradients:
         rows = block.key_rows(self.scores.rule.visibility.first_key(block))
         probs, sink_share, slope = self.scores.probabilities(block, rows)
         folded = _fold(grad, kv_heads)
-        _add(
-            self.of_value,
-            rows,
-            torch.bmm(_fold(probs.to(self.compute), kv_heads).transpose(1, 2), folded),
-        )
+        _add(self.of_value, rows, torch.bmm(_fold(probs.to(self.compute), kv_heads).transpose(1, 2), folded))
         change = torch.bmm(folded, _take(self.value_columns, rows, dim=2)).to(self.wide)
         change = _unfold(change, heads)
         if sink_share is not None and self.of_sinks is not None:
