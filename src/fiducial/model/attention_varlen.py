@@ -6,6 +6,7 @@ with only the completion's queries need. Their window counts earlier keys, witho
 """
 
 from importlib.util import find_spec
+from inspect import signature
 from typing import Any
 
 import torch
@@ -49,15 +50,15 @@ def _torch_kernel(
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn  # not every build of torch has it
 
-    out = varlen_attn(
-        query,
-        key,
-        value,
-        *offsets,
-        scale=rule.scaling,
-        window_size=(earlier, 0),  # a tuple: torch compares it with (-1, 0) to know causal attention
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+    options: dict[str, Any] = {"scale": rule.scaling}
+    if query.shape[1] != key.shape[1]:
+        if "enable_gqa" in signature(varlen_attn).parameters:  # torch 2.12 and later
+            options["enable_gqa"] = True
+        else:
+            groups = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    # A tuple: torch compares the window with (-1, 0) to know causal attention.
+    out = varlen_attn(query, key, value, *offsets, window_size=(earlier, 0), **options)
     assert isinstance(out, Tensor), "no auxiliary output was asked for"
     return out
 
