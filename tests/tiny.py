@@ -56,7 +56,8 @@ def tiny_model(family: str = "llama", *, seed: int = 0, **overrides: Any) -> Pre
     """A float32 causal LM of `family` in eval mode, with weights N(0, 0.2)."""
     config_class = transformers.CONFIG_MAPPING[family]
     config = config_class(**(_COMMON | FAMILIES.get(family, {}) | overrides))
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    exact = "eager" if getattr(config, "attn_logit_softcapping", None) else None  # as the loader does
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=exact)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

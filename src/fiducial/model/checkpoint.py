@@ -67,7 +67,7 @@ def load_weights(
             dtype=dtype,
             trust_remote_code=cfg.trust_remote_code,
             use_safetensors=None if cfg.allow_pickle_weights else True,
-            attn_implementation=cfg.attn_implementation,
+            attn_implementation=stock_attention(config, cfg),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in the info, with their shapes, and refused below
             **placement,
@@ -83,6 +83,15 @@ def load_weights(
     _require_complete(checkpoint, info)
     assert isinstance(model, PreTrainedModel)
     return model
+
+
+def stock_attention(config: PreTrainedConfig, cfg: ModelConfig) -> str | None:
+    """The attention of padded rows: what the run asks for, else transformers' choice where that is exact.
+
+    sdpa has no soft-capping, and transformers up to 5.20 chose it for such models all the same.
+    """
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    return cfg.attn_implementation or ("eager" if capped else None)
 
 
 def _silence_dropout(config: PreTrainedConfig) -> None:
