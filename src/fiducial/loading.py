@@ -32,6 +32,7 @@ from fiducial.reference.plan import plan_reference
 from fiducial.reference.setup import setup_reference_model
 from fiducial.run_record import RunRecord
 from fiducial.training.arguments import world_size
+from fiducial.training.failures import memory_explained
 
 PROOF_GROUPS = 4
 
@@ -97,6 +98,7 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+@memory_explained("loading the model")
 def load_policy(run: Run, device: torch.device, micro_batch_tokens: int) -> Policy:
     """The starting policy on `device`, in the layout it was measured to allow: in every process or none."""
     with all_or_none():

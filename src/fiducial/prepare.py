@@ -8,7 +8,7 @@ judged = prove(run, policy, ahead)    the reference the trainer asks, measured a
 
 import gc
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -40,10 +40,12 @@ from fiducial.reference.kept import Kept
 from fiducial.reference.kinds import Source
 from fiducial.reference.moving import Follower, build_follower
 from fiducial.reference.named_adapter import put_named_adapter, take_named_adapter
+from fiducial.reference.noise import same_arithmetic
 from fiducial.reference.predicted import identify_loaded
 from fiducial.reference.sources import (
     InitialPolicy,
     NoReference,
+    Precomputed,
     Reference,
     SeparateModel,
     Served,
@@ -53,6 +55,7 @@ from fiducial.reference.sources import (
 from fiducial.reference.spot_check import spot_check
 from fiducial.reference.verify import Proof, prove_reference, require_adapter_off
 from fiducial.run_record import require_same_reference
+from fiducial.training.failures import memory_explained
 from fiducial.training.objective import Objective
 
 __all__ = [
@@ -80,6 +83,8 @@ class ScoredAhead:
     store: LogpStore
     noise: float
     """By how much records that were there already differ from what is scored now, in nats a token."""
+    same_arithmetic: bool
+    """Whether they were scored by the products the policy computes its own by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +104,7 @@ class ProvedReference:
     """How far it is from the exact reference, where it is held less exactly."""
 
 
+@memory_explained("scoring the reference")
 def score_ahead(
     run: Run,
     policy: Policy,
@@ -133,10 +139,11 @@ def score_ahead(
         console=run.console,
         flush_seconds=run.cfg.reference.flush_seconds,
     )
+    alike = same_arithmetic(policy.scorer, reference)
     del second, scorer, reference
     take_named_adapter(run.plan, policy.model)
     _free()
-    return ScoredAhead(store, noise)
+    return ScoredAhead(store, noise, alike)
 
 
 def identify_reference(run: Run, policy: Policy, second: Scorer | None) -> Identity:
@@ -167,7 +174,7 @@ def _ask_server(run: Run, policy: Policy, datasets: Mapping[str, TokenizedDatase
         console=run.console,
         flush_seconds=run.cfg.reference.flush_seconds,
     )
-    return ScoredAhead(store, 0.0)
+    return ScoredAhead(store, 0.0, same_arithmetic=False)
 
 
 def _free() -> None:
@@ -175,6 +182,7 @@ def _free() -> None:
     torch.cuda.empty_cache()
 
 
+@memory_explained("proving the reference")
 def prove(
     run: Run,
     policy: Policy,
@@ -198,6 +206,8 @@ def prove(
         with all_or_none():
             put_named_adapter(run.plan, policy.model, pickle=run.cfg.model.allow_pickle_weights)
     reference = build_reference(run.plan, policy.scorer, second, None if ahead is None else ahead.store)
+    if ahead is not None and isinstance(reference, Precomputed):
+        reference = replace(reference, same_arithmetic=ahead.same_arithmetic)
     if isinstance(reference, NoReference):
         return ProvedReference(reference, groups, None)
     identity = None

@@ -283,3 +283,32 @@ def test_a_full_disk_stops_the_run_and_keeps_earlier_checkpoints(tmp_path: Path)
     assert "save_total_limit" in result["error"]
     assert result["good"] in result["error"]
     assert result["missing"] == []
+
+
+@pytest.mark.parametrize(
+    ("where", "what"),
+    [
+        ("fiducial.loading.choose_layout", "loading the model"),
+        ("fiducial.prepare.fill", "scoring the reference"),
+        ("fiducial.prepare.prove_reference", "proving the reference"),
+    ],
+)
+def test_memory_that_runs_out_before_step_1_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, what: str
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(where, full)
+    with pytest.raises(TrainingError, match=f"Out of memory while {what}, before step 1"):
+        train(run_config(tmp_path, reference={"schedule": "precomputed"}))
+
+
+@pytest.mark.parametrize(("dora", "allowed"), [(True, 0.1), (False, 2e-3)])
+def test_records_of_a_dora_switched_off_may_be_rounded_otherwise(
+    tmp_path: Path, dora: bool, allowed: float
+) -> None:
+    keys = LORA | {"peft_use_dora": dora, "bf16": "full", "max_steps": 1}
+    result = train(run_config(tmp_path, **keys))
+    assert (result.plan.source, result.plan.schedule) == ("adapter_off", "precomputed")
+    assert result.record["proof"]["tolerance"] == pytest.approx(allowed)

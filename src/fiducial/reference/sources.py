@@ -140,6 +140,8 @@ class Precomputed:
     """Log-probs scored before training."""
 
     store: LogpStore
+    same_arithmetic: bool = True
+    """Whether by the products that the policy computes its own by."""
 
     def token_logps(self, batch: PackedBatch) -> TokenLogps:
         """The stored log-probs of the batch's completions.

@@ -1,6 +1,7 @@
 """What to tell a user whose step could not be computed."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -42,3 +43,20 @@ def budget_too_large(tokens: int, *, step: int, rank: int, smaller: int) -> Trai
         f"Out of memory at step {step} in process {rank} with {tokens} tokens in a forward pass. "
         f"Set micro_batch_tokens: {smaller} and start again."
     )
+
+
+@contextmanager
+def memory_explained(what: str) -> Iterator[None]:
+    """Name `what` ran out of a GPU's memory before step 1, where there is no pass to cut.
+
+    Raises:
+        TrainingError: It did.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"Out of memory while {what}, before step 1. Look what else holds memory on this GPU, lower "
+            "sequence_len or micro_batch_tokens, or hold the weights smaller (adapter: qlora with "
+            "load_in_4bit: true, or reference.schedule: precomputed in place of a second model)."
+        ) from error
