@@ -21,7 +21,8 @@ from fiducial.config.unsupported import Unsupported
 
 _SAME_NAME = {
     "model": "base_model trust_remote_code allow_pickle_weights load_in_8bit load_in_4bit bnb_config_kwargs"
-    " reinit_weights unfrozen_parameters gradient_checkpointing gradient_checkpointing_kwargs torch_compile",
+    " reinit_weights unfrozen_parameters gradient_checkpointing gradient_checkpointing_kwargs liger_rope"
+    " liger_rms_norm liger_glu_activation",
     "tokenizer": "special_tokens tokens mean_resizing_embeddings chat_template chat_template_jinja"
     " chat_template_kwargs",
     "data": "datasets test_datasets val_set_size sequence_len streaming dataloader_num_workers",

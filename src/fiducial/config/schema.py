@@ -58,7 +58,10 @@ class ModelConfig(Section):
     """Regular expressions; parameters that match none of them are frozen."""
     gradient_checkpointing: bool = False
     gradient_checkpointing_kwargs: dict[str, Any] = Field(default_factory=dict)
-    torch_compile: bool = False
+    liger_rope: bool = False
+    liger_rms_norm: bool = False
+    liger_glu_activation: bool = False
+    """With these three, Liger's kernels between a layer's products, on a GPU."""
 
 
 class TokenizerConfig(Section):

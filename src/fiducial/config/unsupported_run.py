@@ -154,8 +154,11 @@ HARDWARE = table(
     ("deepcompile", no("not in this version; remove it")),
     ("selective_checkpointing activation_offloading layer_offloading", no(_OFFLOAD)),
     (
-        "torch_compile_backend torch_compile_mode torch_compile_options",
-        no("torch_compile: true uses the defaults"),
+        "torch_compile torch_compile_backend torch_compile_mode torch_compile_options",
+        no(
+            "every packed row has a length of its own, and each would be compiled anew; on a GPU use "
+            "liger_rope, liger_rms_norm and liger_glu_activation"
+        ),
     ),
     (
         "chunked_cross_entropy chunked_cross_entropy_num_chunks",
@@ -175,8 +178,11 @@ KERNELS = table(
         "scaling_softmax scaling_softmax_factor scaling_softmax_bias",
         no("changes the model itself; remove it"),
     ),
-    ("liger_rope liger_rms_norm liger_layer_norm liger_glu_activation liger_cross_entropy", no(_KERNEL)),
-    ("liger_fused_linear_cross_entropy liger_use_token_scaling cut_cross_entropy", no(_KERNEL)),
+    ("liger_layer_norm", no(_KERNEL)),
+    (
+        "liger_cross_entropy liger_fused_linear_cross_entropy liger_use_token_scaling cut_cross_entropy",
+        drop("the log-prob head always works in chunks"),
+    ),
     ("use_scattermoe use_sonicmoe", no(_KERNEL)),
     ("spectrum_top_fraction spectrum_model_name", no("name the weights to train with unfrozen_parameters")),
     ("swanlab_log_completions swanlab_completion_log_interval swanlab_completion_max_buffer", no(_ONLINE)),

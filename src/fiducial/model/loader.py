@@ -19,7 +19,8 @@ from fiducial.config.load import validate_config
 from fiducial.config.schema import RunConfig
 from fiducial.errors import ModelError
 from fiducial.model import adapters
-from fiducial.model.checkpoint import load_weights, read_config
+from fiducial.model.checkpoint import load_weights, read_config, stock_attention
+from fiducial.model.fused_layers import fuse_layers, fused_layers
 from fiducial.model.offload import is_offloaded, layer_placement
 from fiducial.model.precision import Precision, resolve_precision
 from fiducial.model.quantisation import is_quantised, placement, prepare, require_computable
@@ -142,18 +143,20 @@ class ModelLoader:
         self, checkpoint: Checkpoint, dtype: torch.dtype, placed: dict[str, Any], *, reinit: bool = False
     ) -> PreTrainedModel:
         cfg, config = self.cfg, self._config(checkpoint)
+        fused = fused_layers(cfg, config)
         with drawn_from(cfg.optimization.seed):
             if reinit:
                 model: PreTrainedModel = AutoModelForCausalLM.from_config(
                     config,
                     dtype=dtype,
-                    attn_implementation=cfg.model.attn_implementation,
+                    attn_implementation=stock_attention(config, cfg.model),
                     trust_remote_code=cfg.model.trust_remote_code,
                 )
             else:
                 model = load_weights(checkpoint, config, cfg.model, dtype, **placed)
             self._make_room_for_tokens(model)
         _silence_dropout_modules(model)
+        fuse_layers(model, fused)
         return prepare(model) if is_quantised(model) else model
 
     def _config(self, checkpoint: Checkpoint) -> PreTrainedConfig:

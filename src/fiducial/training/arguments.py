@@ -80,7 +80,6 @@ def _optimization(cfg: RunConfig) -> dict[str, Any]:
         "seed": options.seed,
         "fp16": resolve_precision(cfg).autocast == torch.float16,
         "tf32": cfg.model.tf32 or None,
-        "torch_compile": cfg.model.torch_compile,
         "remove_unused_columns": False,
         "dataloader_num_workers": cfg.data.dataloader_num_workers if cfg.data else 0,
     }

@@ -83,7 +83,6 @@ def arguments(rows: int = 100, *, resuming: bool = False, **settings: Any):
             {"ddp_broadcast_buffers": True},
             {"ddp_broadcast_buffers": True, "ddp_find_unused_parameters": False},
         ),
-        ({"torch_compile": True}, {"torch_compile": True}),
         ({"hub_model_id": "me/mine"}, {"push_to_hub": True, "hub_model_id": "me/mine"}),
     ],
 )
