@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Tests are many small models: a process a core with one thread each is fastest, and steady on a busy machine.
+# They compare bits and memory on the CPU, also where there is a GPU; those in tests/gpu run by `make test-gpu`.
 # Long tests stand together: a process that has run out of its own takes over some of another's.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
+PYTEST := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 
 .PHONY: help install quickstart test test-unit test-gpu lint fmt type check bench docs clean
 

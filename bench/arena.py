@@ -4,8 +4,10 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,8 @@ class Contestant:
     program: str
     precomputed: bool
     attention: str = "sdpa"
+    liger: bool = False
+    """Whether Liger's kernels are in its layers."""
 
 
 TRL_DEFAULT = Contestant("TRL default", "bench.run_trl", precomputed=False)
@@ -42,6 +46,7 @@ TRL_FLASH = Contestant(
     "TRL precomputed, flash", "bench.run_trl", precomputed=True, attention="flash_attention_2"
 )
 FIDUCIAL = Contestant("Fiducial", "bench.run_fiducial", precomputed=True)
+FIDUCIAL_LIGER = Contestant("Fiducial, Liger", "bench.run_fiducial", precomputed=True, liger=True)
 
 
 class FailedError(Exception):
@@ -76,7 +81,9 @@ def compare(setting: Setting, contestants: Sequence[Contestant]) -> dict[str, An
     measure = _measure if setting.isolated else _run_here
     with tempfile.TemporaryDirectory() as folder:
         job = prepare(setting, Path(folder))
-        results = {each.name: measure(each, job) for each in contestants}
+        results, sizes = {}, {}
+        for each in contestants:
+            results[each.name], sizes[each.name] = _fitting(partial(measure, each), job)
     expected = results.get(TRL_DEFAULT.name)
     if setting.precision == "float32" and expected is not None:
         compared = (*COMPARED, *(LOGPS if METHODS[setting.method].reference else ()))
@@ -90,7 +97,9 @@ def compare(setting: Setting, contestants: Sequence[Contestant]) -> dict[str, An
         "unit": workload.unit,
         "precision": setting.precision,
         "batch_size": workload.batch_size,
-        "micro_batch_size": setting.micro_batch_size or workload.batch_size,
+        "micro_batch_sizes": {
+            each.name: sizes[each.name] for each in contestants if each.program != FIDUCIAL.program
+        },
         "max_length": workload.max_length,
         "examples": statistics(workload.measured)
         | {"padded_tokens": padded_tokens(workload.measured, workload.batch_size)},
@@ -108,7 +117,8 @@ def compare(setting: Setting, contestants: Sequence[Contestant]) -> dict[str, An
 def prepare(setting: Setting, folder: Path) -> Job:
     """The checkpoint and the examples on disk, and a job that points there."""
     disable_progress_bar()
-    save_checkpoint(setting.shape, folder / "checkpoint", longest=setting.workload.max_length)
+    device = torch.device("cuda" if setting.cuda else "cpu")
+    save_checkpoint(setting.shape, folder / "checkpoint", longest=setting.workload.max_length, device=device)
     setting.workload.save(folder / "workload.json")
     return Job(
         checkpoint=str(folder / "checkpoint"),
@@ -123,9 +133,22 @@ def prepare(setting: Setting, folder: Path) -> Job:
     )
 
 
+def _fitting(measure: Callable[[Job], Result], job: Job) -> tuple[Result, int]:
+    """What `measure` finds with the largest micro-batches that fit in memory, halved until they do."""
+    while True:
+        try:
+            return measure(job), job.micro_batch_size
+        except FailedError as error:
+            if "OutOfMemoryError" not in str(error) or job.micro_batch_size == 1:
+                raise
+        job = replace(job, micro_batch_size=job.micro_batch_size // 2)
+        CONSOLE.print(f"[dim]  out of memory; again with micro-batches of {job.micro_batch_size} …[/dim]")
+
+
 def _measure(contestant: Contestant, job: Job) -> Result:
     """Run one contestant in a fresh process, so that its peak memory is its own."""
     CONSOLE.print(f"[dim]{contestant.name} …[/dim]")
+    began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         job_path, result_path = Path(folder, "job.json"), Path(folder, "result.json")
         job_path.write_text(json.dumps(asdict(_told(contestant, job))))
@@ -133,7 +156,10 @@ def _measure(contestant: Contestant, job: Job) -> Result:
         done = subprocess.run(program, cwd=HERE.parent, capture_output=True, text=True, check=False)
         if done.returncode:
             raise FailedError(f"{contestant.name} failed:\n{done.stderr[-4000:]}")
-        return Result(**json.loads(result_path.read_text()))
+        result = Result(**json.loads(result_path.read_text()))
+    median = sorted(result.step_seconds)[len(result.step_seconds) // 2]
+    CONSOLE.print(f"[dim]  {median:.3g} s a step, {time.perf_counter() - began:.0f} s in all[/dim]")
+    return result
 
 
 def _run_here(contestant: Contestant, job: Job) -> Result:
@@ -143,7 +169,12 @@ def _run_here(contestant: Contestant, job: Job) -> Result:
 
 
 def _told(contestant: Contestant, job: Job) -> Job:
-    return replace(job, precomputed=contestant.precomputed, attention=contestant.attention)
+    return replace(
+        job,
+        precomputed=contestant.precomputed,
+        attention=contestant.attention,
+        liger=contestant.liger,
+    )
 
 
 def _machine_rates(products: Cost, setting: Setting) -> dict[str, float]:

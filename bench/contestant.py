@@ -27,6 +27,8 @@ class Job:
     micro_batch_size: int
     """Examples a forward pass of a trainer that cannot cut a step by itself."""
     attention: str = "sdpa"
+    liger: bool = False
+    """Whether Liger's kernels replace what layers do between their products."""
     method: str = "dpo"
     """A row of `bench.methods`."""
     learning_rate: float = 1e-4

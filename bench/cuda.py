@@ -4,8 +4,10 @@
     python bench/cuda.py --data hh --steps 5
 
 Contestants: TRL with its live reference, TRL with precomputed log-probs, the same with flash attention where
-flash-attn is installed, and Fiducial's packed path. TRL takes a step in micro-batches that fit in memory.
-Peak memory is the CUDA allocator's; the matrix rate is the GPU's own on the products of the same step.
+flash-attn is installed, Fiducial's packed path, and the same with Liger's kernels where those are installed.
+TRL takes a step in the largest
+micro-batches that fit in memory. Peak memory is the CUDA allocator's; the matrix rate is the GPU's own on
+the products of the same step.
 
 Exit code 3: there is no CUDA device, and nothing was measured.
 """
@@ -24,6 +26,7 @@ import torch
 from bench.arena import (
     CONSOLE,
     FIDUCIAL,
+    FIDUCIAL_LIGER,
     HERE,
     TRL_DEFAULT,
     TRL_FLASH,
@@ -39,7 +42,8 @@ from bench.workload import make
 
 NO_DEVICE = 3
 BATCH_SIZE = {"long": 16, "hh": 64}
-MICRO_BATCH_SIZE = {"long": 4, "hh": 32}
+MICRO_BATCH_SIZE = {"long": 2, "hh": 8}
+"""Of TRL at first; halved as long as its memory runs out."""
 
 
 def main(arguments: list[str]) -> int:
@@ -48,9 +52,12 @@ def main(arguments: list[str]) -> int:
     if not torch.cuda.is_available():
         CONSOLE.print("bench/cuda.py needs a CUDA device and torch built for it; nothing was measured.")
         return NO_DEVICE
-    contestants = [TRL_DEFAULT, TRL_PRECOMPUTED, FIDUCIAL]
+    contestants = [TRL_DEFAULT, TRL_PRECOMPUTED]
     if find_spec("flash_attn"):
-        contestants.insert(2, TRL_FLASH)
+        contestants.append(TRL_FLASH)
+    contestants.append(FIDUCIAL)
+    if find_spec("liger_kernel"):
+        contestants.append(FIDUCIAL_LIGER)
     comparisons: list[dict[str, Any]] = []
     for name in options.data:
         workload = make(
@@ -67,8 +74,8 @@ def main(arguments: list[str]) -> int:
         )
         comparisons.append(compare(setting, contestants))
         CONSOLE.print(table(comparisons[-1]))
-    command = ["python", "bench/cuda.py", *arguments]
-    write(options.output, report(command, options.shape, comparisons=comparisons))
+        command = ["python", "bench/cuda.py", *arguments]
+        write(options.output, report(command, options.shape, comparisons=comparisons))
     return 0
 
 

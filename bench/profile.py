@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ if __name__ == "__main__":  # run as a file: beside it, Python's own `import pro
 
 import torch
 from rich.table import Table
+from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
@@ -93,7 +95,9 @@ def seconds_by_category(profiler: profile) -> dict[str, float]:
 
 def _events(profiler: profile) -> Iterator[FunctionEvent]:
     assert profiler.profiler is not None, "the step was not reached"
-    yield from profiler.profiler.function_events
+    for event in profiler.profiler.function_events:
+        if event.device_type == DeviceType.CPU:  # a kernel's time is also its operation's
+            yield event
 
 
 def _chain(event: FunctionEvent) -> Iterator[str]:
@@ -131,14 +135,17 @@ def measure(name: str, precision: str, options: argparse.Namespace) -> dict[str,
         max_length=2048,
         warmup=1,
         steps=options.steps - 1,
+        batch_size=options.batch_size,
     )
     last = LastStep(options.steps)
     method = next(each for each, row in METHODS.items() if name in row.data)
     setting = Setting(options.shape, workload, precision, cuda=torch.cuda.is_available(), method=method)
     with tempfile.TemporaryDirectory() as folder:
-        run(prepare(setting, Path(folder)), [last])
+        run(replace(prepare(setting, Path(folder)), liger=options.liger), [last])
     seconds = seconds_by_category(last.profiler)
-    seconds["Python between operations"] = last.watch.seconds - sum(seconds.values())
+    seconds["GPU idle" if setting.cuda else "Python between operations"] = last.watch.seconds - sum(
+        seconds.values()
+    )
     if options.operations:
         order = "self_device_time_total" if setting.cuda else "self_cpu_time_total"
         print(last.profiler.key_averages().table(sort_by=order, row_limit=options.operations))
@@ -155,6 +162,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--precision", nargs="+", choices=precisions, default=precisions)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="42M")
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, help="examples a step, if not the data set's own")
+    parser.add_argument("--liger", action="store_true", help="with Liger's kernels, on a GPU")
     parser.add_argument("--operations", type=int, default=0, help="print this many single operations too")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "profile.json")
     options = parser.parse_args(arguments)

@@ -18,6 +18,7 @@ from fiducial.config.load import validate_config
 from fiducial.config.schema import RunConfig
 from fiducial.data.tokenize import TokenizedGroup
 from fiducial.losses import build_loss
+from fiducial.model.fused_layers import ARGUMENTS, fuse_layers, fused_layers
 from fiducial.model.scoring import Scorer
 from fiducial.reference.cache import LogpStore, score_reference
 from fiducial.reference.facts import gather_facts
@@ -60,6 +61,7 @@ def run(job: Job, callbacks: Sequence[TrainerCallback] = ()) -> Result:
     plan = plan_reference(cfg, facts)
     budget = choose_token_budget(cfg, facts, plan, job.device)
     model = load_policy(job)
+    fuse_layers(model, fused_layers(cfg, model.config))
     groups, peak, clock, scoring = Groups(workload.examples), PeakMemory(model), StepClock(), Stopwatch()
     scorer = Scorer(model, layout="packed", autocast=torch.bfloat16 if job.bf16 else None)
     arguments = job.training_arguments() | {"bf16": False}  # autocast is the scorer's
@@ -98,6 +100,7 @@ def _run_config(job: Job, workload: Workload) -> RunConfig:
             "sequence_len": workload.max_length,
             "micro_batch_size": workload.batch_size,
             "learning_rate": job.learning_rate,
+            **{key: job.liger for key in ARGUMENTS},
         }
     )
 

@@ -95,10 +95,14 @@ def cost(llama: LlamaConfig) -> Cost:
     return Cost(layer * depth, (hidden, llama.vocab_size), queries * depth)
 
 
-def save_checkpoint(shape: str, folder: Path, *, longest: int, seed: int = 0) -> None:
-    """Random weights and a tokenizer that only knows its vocabulary's size, as a checkpoint folder."""
+def save_checkpoint(
+    shape: str, folder: Path, *, longest: int, seed: int = 0, device: torch.device | None = None
+) -> None:
+    """Random weights, drawn on `device`, and a tokenizer of the vocabulary's size, as a checkpoint folder."""
     torch.manual_seed(seed)
-    LlamaForCausalLM(config(shape, longest=longest)).save_pretrained(folder)
+    with device or torch.device("cpu"):
+        model = LlamaForCausalLM(config(shape, longest=longest))
+    model.save_pretrained(folder)
     tokenizer(SHAPES[shape]["vocab_size"]).save_pretrained(folder)
 
 
