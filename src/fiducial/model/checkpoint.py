@@ -67,7 +67,7 @@ def load_weights(
             dtype=dtype,
             trust_remote_code=cfg.trust_remote_code,
             use_safetensors=None if cfg.allow_pickle_weights else True,
-            attn_implementation=stock_attention(config, cfg),
+            attn_implementation=attention_to_load(config, cfg),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in the info, with their shapes, and refused below
             **placement,
@@ -85,13 +85,14 @@ def load_weights(
     return model
 
 
-def stock_attention(config: PreTrainedConfig, cfg: ModelConfig) -> str | None:
-    """The attention of padded rows: what the run asks for, else transformers' choice where that is exact.
+def attention_to_load(config: PreTrainedConfig, cfg: ModelConfig) -> str | None:
+    """The attention of padded rows: what the run asks for, else transformers' choice where that is exact."""
+    return cfg.attn_implementation or ("eager" if is_soft_capped(config) else None)
 
-    sdpa has no soft-capping, and transformers up to 5.20 chose it for such models all the same.
-    """
-    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
-    return cfg.attn_implementation or ("eager" if capped else None)
+
+def is_soft_capped(config: PreTrainedConfig) -> bool:
+    """Whether scores are capped, which sdpa leaves out: transformers up to 5.20 chose it all the same."""
+    return getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
 
 
 def _silence_dropout(config: PreTrainedConfig) -> None:

@@ -19,7 +19,7 @@ from fiducial.config.load import validate_config
 from fiducial.config.schema import RunConfig
 from fiducial.errors import ModelError
 from fiducial.model import adapters
-from fiducial.model.checkpoint import load_weights, read_config, stock_attention
+from fiducial.model.checkpoint import attention_to_load, load_weights, read_config
 from fiducial.model.fused_layers import fuse_layers, fused_layers
 from fiducial.model.offload import is_offloaded, layer_placement
 from fiducial.model.precision import Precision, resolve_precision
@@ -149,7 +149,7 @@ class ModelLoader:
                 model: PreTrainedModel = AutoModelForCausalLM.from_config(
                     config,
                     dtype=dtype,
-                    attn_implementation=stock_attention(config, cfg.model),
+                    attn_implementation=attention_to_load(config, cfg.model),
                     trust_remote_code=cfg.model.trust_remote_code,
                 )
             else:

@@ -23,6 +23,7 @@ from fiducial.data.tokenize import TokenizedGroup
 from fiducial.logps import TokenLogps
 from fiducial.model.attention import PACKED, SegmentsMissingError, carrier, register
 from fiducial.model.attention_plan import AttentionPlan, plan_attention
+from fiducial.model.checkpoint import is_soft_capped
 from fiducial.model.divergence import Distribution
 from fiducial.model.logit_rule import LogitRule, backbone, measure_logit_rule
 from fiducial.model.mode import evaluating
@@ -174,7 +175,8 @@ def stock_attention(model: PreTrainedModel) -> str:
     """The implementation `model` was loaded with."""
     name: str = model.config.get_text_config()._attn_implementation
     if name == PACKED:  # another Scorer awaits this model's backward pass
-        return "sdpa" if model._supports_sdpa else "eager"
+        exact = model._supports_sdpa and not is_soft_capped(model.config)
+        return "sdpa" if exact else "eager"
     return name
 
 
