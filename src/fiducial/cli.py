@@ -142,7 +142,7 @@ def verify(run: RunOrFolder, overrides: Overrides = None, debug: Debug = False) 
     with _reporting(debug):
         if _is_folder(run):
             finished = _find_finished(run, overrides)
-            from fiducial.verification import verify_finished
+            from fiducial.as_then import verify_finished
 
             verify_finished(finished)
             return

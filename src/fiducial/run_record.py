@@ -110,9 +110,18 @@ def require_same_reference(record: RunRecord, now: Mapping[str, Any]) -> tuple[s
         raise ModelError(
             f"{now['checkpoint']} is not the reference this run was started with: "
             f"{'; '.join(found.another)}. What was trained was compared with other weights. Put the old ones "
-            "back (base_model, revision, lora_model_dir), or start the run anew in another output_dir."
+            f"back ({_naming_keys(record.run)}), or start the run anew in another output_dir."
         )
     return found.computed
+
+
+def _naming_keys(cfg: RunConfig) -> str:
+    """The settings that say which weights the reference has."""
+    given = cfg.reference.model_dump(include={"endpoint", "model", "revision", "adapter"}, exclude_none=True)
+    own = [] if cfg.reference.model is not None else ["base_model", "revision"]
+    if not given and cfg.adapter is not None and cfg.adapter.path is not None:
+        own.append("lora_model_dir")
+    return ", ".join([*own, *(f"reference.{key}" for key in given)])
 
 
 def _read(path: Path) -> RunRecord:

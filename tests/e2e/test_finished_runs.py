@@ -11,16 +11,15 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
-from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner, Result
+from safetensors.torch import load_file
 
-from fiducial import cli
+from fiducial.as_then import verify_finished
 from fiducial.config.load import validate_config
 from fiducial.evaluate import evaluate
 from fiducial.finished import from_folder
 from fiducial.run_record import RECORD_FILE, read_record
 from fiducial.train import TrainResult, train
-from fiducial.verification import verify_finished
+from finishing import change_one_weight, copied, fiducial_command
 from run_configs import run_config, write_pairs
 from tiny import save_adapter, save_checkpoint
 
@@ -35,7 +34,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "synced lora": LORA | {"reference": SYNCED | {"mixup_alpha": 1.0}},
 }
 QUIET = Console(quiet=True)
-Fiducial = Callable[..., Result]
 
 
 def settings_of(folder: Path, kind: str) -> dict[str, Any]:
@@ -61,32 +59,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
     return make
 
 
-@pytest.fixture
-def fiducial_command() -> Fiducial:
-    """Runs the command in this process, on a wide terminal."""
-
-    def run(*arguments: object) -> Result:
-        given = [str(argument) for argument in arguments]
-        return CliRunner(env={"COLUMNS": "250"}).invoke(cli.app, given, catch_exceptions=False)
-
-    return run
-
-
-def copied(folder: Path, target: Path) -> Path:
-    """The run's folder at another place, with paths of its record turned there."""
-    shutil.copytree(folder, target)
-    for path in target.rglob(RECORD_FILE):
-        path.write_text(path.read_text().replace(str(folder), str(target)))
-    return target
-
-
-def change_one_weight(file: Path) -> None:
-    weights = load_file(file)
-    name = next(name for name in sorted(weights) if "lora_A" in name or name.endswith("q_proj.weight"))
-    weights[name][0, 0] += 0.5
-    save_file(weights, file, metadata={"format": "pt"})
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_finished_run_is_evaluated_as_it_was_while_training(
     kind: str, finished: Callable[[str], tuple[Path, TrainResult]], reference_cache: Path
@@ -100,7 +72,7 @@ def test_a_finished_run_is_evaluated_as_it_was_while_training(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_new_data_is_compared_with_the_starting_policy(
-    kind: str, finished: Callable[[str], tuple[Path, TrainResult]], fiducial_command: Fiducial, tmp_path: Path
+    kind: str, finished: Callable[[str], tuple[Path, TrainResult]], tmp_path: Path
 ) -> None:
     folder, result = finished(kind)
     new = write_pairs(tmp_path / "new.jsonl", 6)
@@ -163,7 +135,6 @@ def test_the_reference_of_a_finished_run_is_still_what_it_was(
     kind: str,
     place: str,
     finished: Callable[[str], tuple[Path, TrainResult]],
-    fiducial_command: Fiducial,
 ) -> None:
     folder, _ = finished(kind)
     done = fiducial_command("verify", folder / place)
@@ -177,7 +148,6 @@ def test_the_reference_of_a_finished_run_is_still_what_it_was(
 def test_a_changed_base_is_named_by_verify_and_refused_by_evaluate(
     kind: str,
     finished: Callable[[str], tuple[Path, TrainResult]],
-    fiducial_command: Fiducial,
     tmp_path: Path,
 ) -> None:
     folder = copied(finished(kind)[0], tmp_path / "copy")
@@ -191,7 +161,7 @@ def test_a_changed_base_is_named_by_verify_and_refused_by_evaluate(
 
 
 def test_a_changed_adapter_is_named(
-    finished: Callable[[str], tuple[Path, TrainResult]], fiducial_command: Fiducial, tmp_path: Path
+    finished: Callable[[str], tuple[Path, TrainResult]], tmp_path: Path
 ) -> None:
     folder = copied(finished("resumed adapter")[0], tmp_path / "copy")
     change_one_weight(folder / "sft" / "adapter_model.safetensors")
@@ -202,7 +172,7 @@ def test_a_changed_adapter_is_named(
 
 
 def test_a_changed_config_of_the_base_is_named(
-    finished: Callable[[str], tuple[Path, TrainResult]], fiducial_command: Fiducial, tmp_path: Path
+    finished: Callable[[str], tuple[Path, TrainResult]], tmp_path: Path
 ) -> None:
     folder = copied(finished("full")[0], tmp_path / "copy")
     config = folder / "base-llama" / "config.json"
@@ -213,7 +183,7 @@ def test_a_changed_config_of_the_base_is_named(
 
 
 def test_a_moved_reference_that_was_tampered_with_is_found(
-    finished: Callable[[str], tuple[Path, TrainResult]], fiducial_command: Fiducial, tmp_path: Path
+    finished: Callable[[str], tuple[Path, TrainResult]], tmp_path: Path
 ) -> None:
     folder = copied(finished("synced")[0], tmp_path / "copy")
     change_one_weight(folder / "out" / "moved_reference" / "reference_state.safetensors")
@@ -223,7 +193,7 @@ def test_a_moved_reference_that_was_tampered_with_is_found(
 
 
 def test_other_log_probs_from_the_same_weights_are_found(
-    finished: Callable[[str], tuple[Path, TrainResult]], tmp_path: Path, fiducial_command: Fiducial
+    finished: Callable[[str], tuple[Path, TrainResult]], tmp_path: Path
 ) -> None:
     folder = copied(finished("lora")[0], tmp_path / "copy")
     path = folder / "out" / RECORD_FILE
@@ -254,7 +224,7 @@ def test_the_cached_records_are_looked_at(tmp_path: Path, reference_cache: Path)
     assert "none" in verify_finished(from_folder(tmp_path / "out"), console=QUIET)["cached records"]
 
 
-def test_verify_proves_a_run_before_it_trains(fiducial_command: Fiducial, tmp_path: Path) -> None:
+def test_verify_proves_a_run_before_it_trains(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(run_config(tmp_path)))
     done = fiducial_command("verify", path)
@@ -281,7 +251,6 @@ def test_verify_proves_a_run_before_it_trains(fiducial_command: Fiducial, tmp_pa
 def test_what_is_no_run_is_said_to_be_none(
     command: str,
     finished: Callable[[str], tuple[Path, TrainResult]],
-    fiducial_command: Fiducial,
     tmp_path: Path,
 ) -> None:
     folder = finished("full")[0]
@@ -303,7 +272,6 @@ def test_what_is_no_run_is_said_to_be_none(
 def test_a_half_written_checkpoint_is_told(
     command: str,
     finished: Callable[[str], tuple[Path, TrainResult]],
-    fiducial_command: Fiducial,
     tmp_path: Path,
 ) -> None:
     checkpoint = copied(finished("full")[0], tmp_path / "copy") / "out" / "checkpoint-2"
@@ -327,7 +295,6 @@ def test_a_half_written_checkpoint_is_told(
 def test_another_base_is_refused(
     kind: str,
     finished: Callable[[str], tuple[Path, TrainResult]],
-    fiducial_command: Fiducial,
     tmp_path: Path,
 ) -> None:
     folder = finished(kind)[0]
@@ -359,7 +326,7 @@ def test_the_record_says_what_was_run_and_gives_no_rows_away(
     assert "Question" not in (folder / "out" / RECORD_FILE).read_text()
 
 
-def test_a_record_of_python_takes_no_overrides(tmp_path: Path, fiducial_command: Fiducial) -> None:
+def test_a_record_of_python_takes_no_overrides(tmp_path: Path) -> None:
     train(validate_config(run_config(tmp_path, rows=8)), console=QUIET)
     done = fiducial_command("verify", tmp_path / "out", "seed=2")
     assert done.exit_code == 2

@@ -63,6 +63,7 @@ LAYERS = {
     "fiducial.evaluate": 9,
     "fiducial.finished": 8,
     "fiducial.verification": 9,
+    "fiducial.as_then": 9,
     "fiducial.cli": 10,
     "fiducial.__main__": 11,
 }

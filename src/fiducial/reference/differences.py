@@ -58,7 +58,9 @@ def changes(then: Manifest, now: Manifest) -> Changes:
     if before and after:
         one, other = before["settings"], after["settings"]
         shared = one.keys() & other.keys()
-        both = ({"settings": {name: each[name] for name in shared}} for each in (other, one))
+        both = (
+            each | {"settings": {name: each["settings"][name] for name in shared}} for each in (after, before)
+        )
         another += _settings(next(both), next(both), _NOW)
         library = [f"{name} of the config is known only then" for name in sorted(one.keys() - shared)]
         library += [f"{name} of the config is known only now" for name in sorted(other.keys() - shared)]
@@ -92,8 +94,9 @@ def _settings(wanted: Manifest | None, found: Manifest | None, places: Places) -
         return []
     here, there = wanted["settings"], found["settings"]
     names = [name for name in sorted(set(here) | set(there)) if here.get(name) != there.get(name)]
+    owner = "config" if wanted["tensors"] or found["tensors"] else "server"
     return [
-        f"{name} of the config: {_short(there.get(name))} {places[1]}, {_short(here.get(name))} {places[0]}"
+        f"{name} of the {owner}: {_short(there.get(name))} {places[1]}, {_short(here.get(name))} {places[0]}"
         for name in names
     ]
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
@@ -12,7 +11,6 @@ from fiducial.model.scoring import Scorer
 from fiducial.reference.cache.passes import Groups
 from fiducial.reference.cache.scoring import FLUSH_SECONDS, ScoringReference, score_reference
 from fiducial.reference.cache.store import LogpStore
-from fiducial.reference.noise import ALLOWANCE
 from fiducial.reference.served import ask_for_missing
 from fiducial.reference.sources import Served
 from fiducial.reference.spot_check import SpotCheck, spot_check
@@ -73,8 +71,7 @@ def fill_from_server(
         ModelError: The server does not answer, or answers for other tokens.
     """
     for name, groups in datasets.items():
-        # What a server computes in, and in which batches, is its own business.
-        checked = spot_check(groups, reference, scorer, store, allowance=ALLOWANCE[torch.bfloat16])
+        checked = spot_check(groups, reference, scorer, store)
         with _bar(console, f"asking the reference for {name} data") as progress:
             asked = ask_for_missing(
                 groups,

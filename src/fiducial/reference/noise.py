@@ -28,6 +28,9 @@ LEAST = {torch.float32: 1e-5, torch.float16: 5e-4, torch.bfloat16: 2e-3, torch.f
 """Nats a token that one rounding of a product can make, where the shapes looked at happened to show none."""
 ALLOWANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-1, torch.float64: 1e-9}
 """Nats a token by which two exact ways of computing the same may differ: DoRA switched off, by 0.056."""
+SERVED_ALLOWANCE = 5e-2
+"""Nats a token by which a server may answer otherwise the second time: what it computes in, and in which
+batches, is its own business."""
 FILLED_TOKENS = 4096
 """A pass of this many tokens is as good as any larger one: kernels are chosen alike beyond it."""
 

@@ -18,7 +18,8 @@ from fiducial.reference.cache.passes import Groups
 from fiducial.reference.cache.processes import from_first
 from fiducial.reference.cache.scoring import ScoringReference
 from fiducial.reference.cache.store import LogpStore
-from fiducial.reference.noise import ALLOWANCE, NOISE_FACTOR
+from fiducial.reference.noise import ALLOWANCE, NOISE_FACTOR, SERVED_ALLOWANCE
+from fiducial.reference.sources import Served
 
 GROUPS_CHECKED = 4
 
@@ -43,18 +44,18 @@ def spot_check(
     store: LogpStore,
     *,
     seed: int | None = None,
-    allowance: float | None = None,
 ) -> SpotCheck:
     """Score the records of a few random groups again, until none of those looked at differs.
 
     What a group's log-probs change by when its completions are scored alone counts as rounding, and so does
-    the allowance, by default that of the scorer's precision.
+    the allowance of the scorer's precision, or that of a server.
     """
     rng = np.random.default_rng(seed)
     distrusted: list[Path] = []
     checked, largest = 0, 0.0
     noise = 0.0
-    floor = ALLOWANCE[scorer.autocast or scorer.model.dtype] if allowance is None else allowance
+    served = isinstance(reference, Served)
+    floor = SERVED_ALLOWANCE if served else ALLOWANCE[scorer.autocast or scorer.model.dtype]
     while True:
         measured = from_first(lambda: list(_measure(_sample(groups, store, rng), reference, scorer, store)))
         noise = max([noise, *(each.noise for each in measured)])
