@@ -33,7 +33,7 @@ from fiducial.reference.fill import warn
 from fiducial.reference.identity import Identity
 from fiducial.reference.plan import ReferencePlan, Source
 from fiducial.reference.predicted import predict_identity
-from fiducial.reference.sources import SOURCES, Parts, Reference, build_scoring_reference
+from fiducial.reference.sources import SOURCES, Parts, Reference
 from fiducial.reference.spot_check import spot_check
 from fiducial.reference.verify import Proof, prove_reference, require_adapter_off
 from fiducial.training.arguments import training_arguments
@@ -135,14 +135,13 @@ def cached_records(loaded: Loaded) -> Findings:
         ModelError: They do not hold what the reference answers.
     """
     run, identity = loaded.run, loaded.identity
-    if not run.precomputes:
+    if not run.plan.kept:
         return {}
     references = Inventory(run.cfg.reference.cache).references()
     if not any(each.identity == identity.digest for each in references):
         return {"cached records": "none of this reference"}
     store = open_store(run.cfg, identity, tell=lambda sentence: warn(run.console, sentence))
-    reference = build_scoring_reference(run.plan, loaded.policy.scorer, loaded.second)
-    checked = spot_check(run.data.sample, reference, loaded.second or loaded.policy.scorer, store)
+    checked = spot_check(run.data.sample, loaded.reference, loaded.second or loaded.policy.scorer, store)
     if checked.distrusted:
         raise ModelError(
             f"{checked.distrusted[0]} does not hold what this reference answers, by more than "

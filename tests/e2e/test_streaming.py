@@ -1,18 +1,24 @@
 """Streamed runs: what stored data would have given, in one process or two, with a live reference or none."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
+from fiducial.as_then import verify_finished
+from fiducial.finished import from_folder
 from fiducial.reference.kept import Kept
 from fiducial.train import TrainResult, train
-from fiducial.training.callbacks import read_metrics_lines
+from fiducial.training.callbacks import Interrupted, read_metrics_lines
 from launching import torchrun
+from resuming import interrupt_after
 from run_configs import run_config
+from tiny import save_adapter, save_checkpoint
 
 WORKER = Path(__file__).parents[1] / "run_worker.py"
 STREAMED = {"streaming": True, "max_steps": 6, "streaming_multipack_buffer_size": 5}
@@ -126,6 +132,45 @@ def test_a_row_is_scored_when_it_is_first_seen_and_never_again(
     assert sum(asked) == 24 + 8, "of a longer stream only the new rows"
     run(tmp_path, "other", **settings, bf16="full")
     assert sum(asked) > 32, "another reference has records of its own"
+
+
+@pytest.mark.parametrize("kind", ["named adapter", "offloaded"])
+def test_the_rows_of_another_reference_are_kept_too(
+    tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    settings = STREAMED | {"rows": 12, "save_steps": 2}
+    if kind == "named adapter":
+        settings |= {"adapter": "lora", "lora_r": 4, "learning_rate": 1e-2}
+        named = {"adapter": str(save_adapter(tmp_path / "sft", base(tmp_path)))}
+    else:
+        named = {"model": str(save_checkpoint(tmp_path / "other", seed=1)), "offload": "disk"}
+    whole = run(tmp_path, "whole", **settings, reference=named)
+    assert (whole.plan.writes_through, whole.plan.equals_starting_policy) == (True, False)
+    assert asked == [8, 8, 8], "of two passes over twelve pairs only the first asks the reference"
+    assert ("the adapter that was named is held" in whole.plan.why) == (kind == "named adapter")
+
+    with monkeypatch.context() as patched:
+        interrupt_after(3, patched)
+        with pytest.raises(Interrupted):
+            run(tmp_path, "broken", **settings, reference=named)
+    run(tmp_path, "broken", **settings, reference=named, auto_resume_from_checkpoints=True)
+    told = Console(record=True, width=200, file=io.StringIO())
+    stored = settings | {"streaming": False, "streaming_multipack_buffer_size": None}
+    train(run_config(tmp_path, **stored, reference=named, output_dir=str(tmp_path / "stored")), console=told)
+    assert sum(asked) == 24, "one identity: resumed, and of stored data, all are known"
+    assert "training data: known from an earlier run" in told.export_text()
+    findings = verify_finished(from_folder(tmp_path / "whole"), console=Console(quiet=True))
+    assert findings["cached records"].startswith("24; 8 of this data scored again")
+
+    run(tmp_path, "live", **settings, reference=named | {"schedule": "live"})
+    assert sum(asked) == 24
+    first, resumed, live = (weights(tmp_path / name) for name in ("whole", "broken", "live"))
+    assert all(torch.equal(first[name], resumed[name]) for name in first)
+    assert max((first[name] - live[name]).abs().max().item() for name in first) < 1e-5
+
+
+def base(folder: Path) -> Path:
+    return Path(run_config(folder, rows=12)["base_model"])
 
 
 def test_a_live_reference_that_was_asked_for_is_scored_at_every_step(

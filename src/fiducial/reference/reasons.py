@@ -127,19 +127,25 @@ def _named(cfg: RunConfig) -> str:
 
 
 def _moment(cfg: RunConfig, source: Source, schedule: Schedule) -> str:
+    if schedule is Schedule.PRECOMPUTED:
+        return _ahead(cfg, source)
+    held = "the adapter that was named is held" if _stands_beside(cfg, source) else _HELD[source]
     if schedule is Schedule.SYNCED:
-        return f"{_while_it_moves(cfg)} {_HELD[source][0].upper()}{_HELD[source][1:]}."
-    if schedule is Schedule.LIVE and writes_through(cfg, schedule):
+        return f"{_while_it_moves(cfg)} {held[0].upper()}{held[1:]}."
+    if writes_through(cfg, schedule):
         return (
             "A streamed row cannot be scored ahead: it is scored when it is first seen, and read from the "
-            f"cache from then on; {_HELD[source]}."
+            f"cache from then on; {held}."
         )
-    if schedule is Schedule.LIVE:
-        cause = "as a live reference"
-        if reads_distributions(cfg):
-            cause = "the loss reads its probability of every token, which is too much to keep"
-        return f"It is scored at every step ({cause}); {_HELD[source]}."
-    return _ahead(cfg, source)
+    cause = "as a live reference"
+    if reads_distributions(cfg):
+        cause = "the loss reads its probability of every token, which is too much to keep"
+    return f"It is scored at every step ({cause}); {held}."
+
+
+def _stands_beside(cfg: RunConfig, source: Source) -> bool:
+    """Whether another adapter than the run's own is held on its base."""
+    return source is Source.FROZEN_ADAPTER and names_another_policy(cfg)
 
 
 def _ahead(cfg: RunConfig, source: Source) -> str:
