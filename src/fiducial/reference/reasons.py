@@ -4,6 +4,7 @@ from fiducial.config.schema import RunConfig
 from fiducial.reference.facts import Facts
 from fiducial.reference.holding import why_approximate
 from fiducial.reference.kinds import Schedule, Source
+from fiducial.reference.precision import sees_gpu
 from fiducial.reference.start import (
     names_another_policy,
     reads_distributions,
@@ -43,6 +44,10 @@ def notes(cfg: RunConfig, facts: Facts, source: Source) -> tuple[str, ...]:
         found.append(
             f"The reference is {approximate}, and the policy is not: rewards at step 0 are zero only up to "
             "that rounding, which is measured before step 1."
+        )
+    if cfg.reference.device == "cpu" and not sees_gpu():
+        found.append(
+            "reference.device: cpu is so already: this machine has no GPU, and the policy is on the CPU too."
         )
     if cfg.adapter is not None and cfg.adapter.bias != "none" and facts.model.has_biases is False:
         found.append(

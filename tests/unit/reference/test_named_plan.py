@@ -92,6 +92,18 @@ def test_how_a_second_model_is_held_is_idle_without_one(key: str) -> None:
     assert f"reference.{key}: {value} cannot have an effect with reinit_weights" in drawn
 
 
+@pytest.mark.parametrize("gpu", [True, False])
+def test_a_reference_on_the_cpu_of_a_machine_without_a_gpu_is_noted(
+    gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("reasons", "precision"):
+        monkeypatch.setattr(f"fiducial.reference.{module}.sees_gpu", lambda: gpu)
+    result = plan({"source": "separate_model", "device": "cpu"})
+    assert any("reference.device: cpu is so already" in note for note in result.notes) == (not gpu)
+    assert result.approximate == ("computed on the CPU" if gpu else None)
+    assert not plan({"source": "separate_model"}).notes
+
+
 def test_what_is_held_otherwise_is_a_stated_approximation() -> None:
     separate = {"source": "separate_model"}
     assert plan(separate).approximate is None
