@@ -5,6 +5,9 @@ whatever precision the reference computes in: bfloat16 would lose small moves. O
 copy is taken (α = 1): averaging its matrices A and B would not average the update B·A.
 
 Only weights that are trained move; the others are equal in both from the start.
+
+What a follower keeps is whole in every process, also where the model is sharded: one process alone can then
+save it. Weights that FSDP2 has gathered for a pass are let go first: what is written to those is lost.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,7 +19,8 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fiducial.errors import TrainingError
 from fiducial.model.adapters import POLICY_ADAPTER, REFERENCE_ADAPTER, renamed
@@ -60,10 +64,11 @@ class ModelFollower:
     @torch.no_grad()
     def move(self) -> None:
         """Reference ← α·policy + (1 − α)·reference."""
+        _let_go(self.policy)
         for name, trained in self._policy_weights():
             average = self.averages[name]
             average.lerp_(trained.to(average), self.sync.mixup_alpha)
-            self._write(name, average)
+            _write(self.reference[name], average)
 
     def state(self) -> dict[str, Tensor]:
         """The averages."""
@@ -73,48 +78,73 @@ class ModelFollower:
         """Put the averages back, and what the reference computes with."""
         for name, average in self.averages.items():
             average.copy_(state[name])
-            self._write(name, average)
-
-    def _write(self, name: str, average: Tensor) -> None:
-        held = self.reference[name].data
-        if held.data_ptr() != average.data_ptr():
-            held.copy_(average)
+            _write(self.reference[name], average)
 
     def _policy_weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.policy.named_parameters():
             if name in self.averages:
-                # Sharded weights are gathered one at a time.
-                yield name, parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.data
+                yield name, _whole(parameter)  # sharded ones are gathered one at a time
 
 
 class AdapterFollower:
     """A frozen copy of the policy's adapter that becomes it anew."""
 
     def __init__(self, policy: PeftModel) -> None:
-        parameters = dict(policy.named_parameters(remove_duplicate=False))
+        self.policy = policy
         self.copies = {
-            name: (renamed(name, REFERENCE_ADAPTER, POLICY_ADAPTER), parameter)
-            for name, parameter in parameters.items()
+            name: parameter.data
+            for name, parameter in self._parameters().items()
             if REFERENCE_ADAPTER in name.split(".")
         }
-        self.policy = policy
+        """The copy's own tensors, unless the model is sharded."""
 
     @torch.no_grad()
     def move(self) -> None:
         """Reference ← policy."""
-        trained = dict(self.policy.named_parameters(remove_duplicate=False))
-        for source, copy in self.copies.values():
-            weight = trained[source]
-            copy.data.copy_(weight.full_tensor() if isinstance(weight, DTensor) else weight.data)
+        _let_go(self.policy)
+        held = self._parameters()
+        for name, copy in self.copies.items():
+            copy.copy_(_whole(held[renamed(name, REFERENCE_ADAPTER, POLICY_ADAPTER)]))
+            _write(held[name], copy)
 
     def state(self) -> dict[str, Tensor]:
         """The copy."""
-        return {name: copy.detach().cpu() for name, (_, copy) in self.copies.items()}
+        return {name: copy.cpu() for name, copy in self.copies.items()}
 
+    @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Put the copy back."""
-        for name, (_, copy) in self.copies.items():
-            copy.data.copy_(state[name])
+        _let_go(self.policy)
+        held = self._parameters()
+        for name, copy in self.copies.items():
+            copy.copy_(state[name])
+            _write(held[name], copy)
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        # Sharding puts other parameters under the same names.
+        return dict(self.policy.named_parameters(remove_duplicate=False))
+
+
+def _whole(weight: Tensor) -> Tensor:
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight.detach()
+
+
+def _write(held: Tensor, whole: Tensor) -> None:
+    """Put `whole` into a parameter: its share of it, where the model is sharded."""
+    if isinstance(held, DTensor):
+        # Every process has the whole: none is sent.
+        share = distribute_tensor(
+            whole.to(held.device), held.device_mesh, held.placements, src_data_rank=None
+        )
+        held.to_local().copy_(share.to_local())
+    elif held.data_ptr() != whole.data_ptr():
+        held.data.copy_(whole)
+
+
+def _let_go(model: nn.Module) -> None:
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def build_follower(policy: nn.Module, second: nn.Module | None, sync: Sync) -> Follower:
