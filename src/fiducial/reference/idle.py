@@ -3,8 +3,9 @@
 from fiducial.config.schema import RunConfig
 from fiducial.errors import PlanError
 from fiducial.reference.holding import policy_bits
-from fiducial.reference.kinds import ReferencePlan, Source
+from fiducial.reference.kinds import ReferencePlan, Schedule, Source
 from fiducial.reference.precision import sees_gpu
+from fiducial.reference.start import reads_distributions, streams
 
 _HELD = ("dtype", "load_in_8bit", "load_in_4bit", "device", "offload")
 
@@ -59,11 +60,24 @@ def refuse_idle_cache(cfg: RunConfig, plan: ReferencePlan) -> None:
     Raises:
         PlanError: A setting could have no effect.
     """
+    if plan.kept:
+        return
     for key, value in {"cache": cfg.reference.cache, "flush_seconds": cfg.reference.flush_seconds}.items():
-        if value is not None and not plan.kept:
-            streamed = cfg.data is not None and cfg.data.streaming
-            instead = "schedule: auto" if streamed else "schedule: precomputed"
-            raise PlanError(
-                f"reference.{key}: {value} cannot have an effect: the reference is {plan.schedule}, scored "
-                f"beside the policy and not kept. Remove it, or write reference.{instead}."
-            )
+        if value is not None:
+            why, instead = _why_nothing_is_cached(cfg, plan)
+            remedy = f"Remove it, or write {instead}." if instead else "Remove it."
+            raise PlanError(f"reference.{key}: {value} cannot have an effect: {why}. {remedy}")
+
+
+def _why_nothing_is_cached(cfg: RunConfig, plan: ReferencePlan) -> tuple[str, str | None]:
+    """Why no record of the plan's reference is in a cache, and what to write so that there are some."""
+    if reads_distributions(cfg):
+        return "the loss reads the reference's probability of every token, which is too much to keep", None
+    instead = "reference.schedule: auto" if streams(cfg) else "reference.schedule: precomputed"
+    if plan.schedule is Schedule.SYNCED:
+        return (
+            "the reference moves with the policy, so what it answers is of use to this run alone. It is kept "
+            "in output_dir until the next move",
+            f"{instead} for a reference that stands still",
+        )
+    return "the reference is live, scored beside the policy at every step and never read again", instead

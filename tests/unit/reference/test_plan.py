@@ -5,7 +5,15 @@ from typing import Any
 
 import pytest
 
-from fiducial.config.methods import CPOConfig, DPOConfig, IPOConfig, KTOConfig, ORPOConfig, SimPOConfig
+from fiducial.config.methods import (
+    CPOConfig,
+    DPOConfig,
+    IPOConfig,
+    KTOConfig,
+    ORPOConfig,
+    SimPOConfig,
+    TDPO1Config,
+)
 from fiducial.errors import PlanError
 from fiducial.reference.checkpoint import TensorFact
 from fiducial.reference.plan import (
@@ -239,6 +247,35 @@ def test_a_wrong_choice_is_refused_with_its_reason(settings: dict[str, Any], rea
     with pytest.raises(PlanError, match=re.escape(reason)) as caught:
         plan(**settings)
     assert_names_key_and_remedy(str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason", "remedy"),
+    [
+        (
+            {"schedule": "live", "source": "separate_model"},
+            "at every step",
+            "reference.schedule: precomputed",
+        ),
+        ({"schedule": "live", "streaming": True}, "at every step", "reference.schedule: auto"),
+        ({"schedule": "synced"}, "moves with the policy, so .* in output_dir", "schedule: precomputed for a"),
+        ({"schedule": "synced", "streaming": True}, "moves with the policy", "schedule: auto for a"),
+        ({"method": TDPO1Config()}, "probability of every token", None),
+        ({"method": TDPO1Config(), "schedule": "synced"}, "probability of every token", None),
+    ],
+)
+@pytest.mark.parametrize("key", ["cache", "flush_seconds"])
+def test_a_cache_that_nothing_goes_into_is_refused(
+    key: str, settings: dict[str, Any], reason: str, remedy: str | None
+) -> None:
+    apart = {name: settings[name] for name in ("streaming", "method") if name in settings}
+    reference = {name: value for name, value in settings.items() if name not in apart}
+    value = {"cache": "/team", "flush_seconds": 5}[key]
+    with pytest.raises(PlanError) as caught:
+        plan(reference=reference | {key: value}, **apart)
+    message = str(caught.value)
+    assert re.match(rf"reference\.{key}: {value}\S* cannot have an effect: the .*{reason}", message)
+    assert re.search(r"Remove it\.$" if remedy is None else f"Remove it, or write .*{remedy}", message)
 
 
 def test_a_merged_copy_is_refused_where_it_would_change_a_tied_weight() -> None:
