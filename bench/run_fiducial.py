@@ -22,7 +22,7 @@ from fiducial.model.fused_layers import ARGUMENTS, fuse_layers, fused_layers
 from fiducial.model.scoring import Scorer
 from fiducial.reference.cache import LogpStore, score_reference
 from fiducial.reference.facts import gather_facts
-from fiducial.reference.identity import identify
+from fiducial.reference.fingerprint import identify
 from fiducial.reference.kinds import ReferencePlan, Schedule
 from fiducial.reference.plan import plan_reference
 from fiducial.reference.sources import Reference, build_reference, build_scoring_reference

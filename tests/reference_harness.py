@@ -9,7 +9,7 @@ from fiducial.config.schema import RunConfig
 from fiducial.model.loader import ModelLoader
 from fiducial.model.scoring import Scorer
 from fiducial.reference.cache import LogpStore, score_reference
-from fiducial.reference.identity import identify
+from fiducial.reference.fingerprint import identify
 from fiducial.reference.named_adapter import put_named_adapter, take_named_adapter
 from fiducial.reference.plan import ReferencePlan, Schedule, Source
 from fiducial.reference.sources import Reference, build_reference, build_scoring_reference

@@ -7,7 +7,7 @@ from fiducial.prepare import Policy, ProvedReference, Run
 from fiducial.reference.cache import LogpStore
 from fiducial.reference.cache.opening import OWN_FOLDER
 from fiducial.reference.fill import warn
-from fiducial.reference.identity import identify
+from fiducial.reference.fingerprint import identify
 from fiducial.reference.kept import Kept
 from fiducial.reference.sources import SeparateModel
 from fiducial.training.reference_sync import ReferenceSync

@@ -30,7 +30,7 @@ LAYERS = {
     "fiducial.model": 5,
     "fiducial.reference.sources": 6,
     "fiducial.reference.cache": 6,
-    "fiducial.reference.identity": 6,
+    "fiducial.reference.fingerprint": 6,
     "fiducial.reference.approximation": 6,
     "fiducial.reference.named_adapter": 6,
     "fiducial.reference.served": 6,

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from fiducial.reference.identity import Fingerprint, bits, start_hash, without_tied_head
+from fiducial.reference.fingerprint import bits, start_hash, without_tied_head
+from fiducial.reference.identity import Fingerprint
 
 _PIECE_BYTES = 1 << 26
 

@@ -15,8 +15,9 @@ from fiducial.model.precision import resolve_precision
 from fiducial.model.scoring import Scorer
 from fiducial.reference.checkpoint import open_checkpoint, weight_files
 from fiducial.reference.checkpoint_weights import fingerprint_files
+from fiducial.reference.fingerprint import identify, numeric_settings
 from fiducial.reference.holding import policy_bits, reference_bits
-from fiducial.reference.identity import Identity, identify, identify_served, numeric_settings
+from fiducial.reference.identity import Identity, identify_served
 from fiducial.reference.plan import ReferencePlan, Source
 
 

@@ -17,7 +17,8 @@ from fiducial.reference.cache import LogpStore, score_reference
 from fiducial.reference.cache.home import Tell
 from fiducial.reference.cache.places import is_identity
 from fiducial.reference.cache.processes import from_first, rank
-from fiducial.reference.identity import Identity, hash_tensor
+from fiducial.reference.fingerprint import hash_tensor
+from fiducial.reference.identity import Identity
 from fiducial.reference.kept import Kept
 from fiducial.reference.moving import Follower
 

@@ -14,7 +14,7 @@ from fiducial.model.offload import is_offloaded
 from fiducial.model.scoring import Scorer
 from fiducial.model.tokenizer import load_tokenizer
 from fiducial.reference.facts import gather_facts
-from fiducial.reference.identity import identify
+from fiducial.reference.fingerprint import identify
 from fiducial.reference.memory import estimate_memory
 from fiducial.reference.plan import plan_reference
 from fiducial.reference.predicted import identify_loaded

@@ -15,6 +15,7 @@ from fiducial.config.load import validate_config
 from fiducial.errors import ModelError
 from fiducial.model.scoring import Scorer
 from fiducial.reference.cache import LogpStore
+from fiducial.reference.describe import plan_run
 from fiducial.reference.endpoint import KEY_VARIABLE, Endpoint
 from fiducial.reference.fill import fill_from_server
 from fiducial.reference.identity import identify_served
@@ -216,6 +217,9 @@ def test_a_run_trains_against_a_served_reference(
     assert len(server.requests) - asked == 4 * 4  # the spot check: four groups, together and alone
 
     console = Console(record=True, width=200)
+    assert plan_run(validate_config(cfg))["reference"]["cached_records"] == 12
+    moved_on = cfg | {"reference": named | {"revision": "next"}}
+    assert not plan_run(validate_config(moved_on))["reference"]["cached_records"]
     explain(validate_config(cfg), console)
     assert "Wanted: tiny" in console.export_text(clear=False)
     assert "as its server computes" in console.export_text(clear=False)

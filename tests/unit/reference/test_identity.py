@@ -13,13 +13,8 @@ from fiducial.model.scoring import Scorer
 from fiducial.reference import checkpoint_weights
 from fiducial.reference.checkpoint_weights import fingerprint_files
 from fiducial.reference.differences import differences
-from fiducial.reference.identity import (
-    Identity,
-    fingerprint,
-    fingerprint_model,
-    identify,
-    numeric_settings,
-)
+from fiducial.reference.fingerprint import fingerprint, fingerprint_model, identify, numeric_settings
+from fiducial.reference.identity import Identity
 from fiducial.reference.plan import Checkpoint, ReferencePlan, Schedule, Source
 from tiny import FAMILIES, save_checkpoint, tiny_model
 

@@ -2,7 +2,7 @@
 
 An identity is a hash of weights. Where a run has computed it, it is remembered for the files it came from
 (name, size, time of change) and the settings that shape what is loaded, so that the next plan only looks it
-up. It is a hint for people: every run computes its identity itself.
+up. It is a hint for people: every run computes its identity itself. A served reference is known by its names.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ from fiducial.errors import ModelError
 from fiducial.reference.cache.names import ShardName
 from fiducial.reference.cache.places import local_folder
 from fiducial.reference.checkpoint import open_checkpoint
+from fiducial.reference.identity import identify_served
 from fiducial.reference.kinds import ReferencePlan, Source
 from fiducial.reference.precision import sees_gpu
 
@@ -40,15 +41,22 @@ def remember(cfg: RunConfig, plan: ReferencePlan, identity: str) -> None:
 
 def known_records(cfg: RunConfig, plan: ReferencePlan) -> int | None:
     """Records of the run's reference that this machine holds; None if its identity is not known yet."""
-    path = _path(cfg, plan)
     try:
-        identity = None if path is None else str(json.loads(path.read_text(encoding="utf-8"))["identity"])
+        identity = _known_identity(cfg, plan)
         if identity is None:
             return None
         folder = local_folder(cfg.reference.cache) / identity
         return sum(name.records for file in folder.iterdir() if (name := ShardName.parse(file.name)))
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _known_identity(cfg: RunConfig, plan: ReferencePlan) -> str | None:
+    if plan.source is Source.ENDPOINT:
+        assert plan.checkpoint is not None, "a server was named"
+        return identify_served(plan.checkpoint).digest
+    path = _path(cfg, plan)
+    return None if path is None else str(json.loads(path.read_text(encoding="utf-8"))["identity"])
 
 
 def _path(cfg: RunConfig, plan: ReferencePlan) -> Path | None:
