@@ -8,12 +8,19 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import oracles
+from fiducial.config.methods import KTOConfig
 from fiducial.evaluate import evaluate
+from fiducial.logps import ENTROPY
+from fiducial.losses import build_loss
+from fiducial.model.scoring import Scorer
 from fiducial.model.statistics import Gathering
 from fiducial.prepare import read_run
+from fiducial.reference.sources import InitialPolicy
 from fiducial.train import train
 from fiducial.training.callbacks import read_metrics_lines
+from fiducial.training.objective import Objective
 from run_configs import run_config
+from tiny import random_groups, tiny_model
 
 ONE_STEP = {"rows": 6, "val_set_size": 2, "num_epochs": 1, "micro_batch_tokens": 64}
 METHODS = {
@@ -56,6 +63,18 @@ def test_it_is_that_of_the_models_own_logits(method: str, tmp_path: Path) -> Non
     assert steps == [pytest.approx(naive(settings, held_out=False), rel=1e-5)]
     assert steps[0] > 0.5
     assert "eval_entropy" in {name for log in found for name in log}
+
+
+def test_it_is_not_gathered_of_what_is_scored_ahead() -> None:
+    scorer = Scorer(tiny_model(), layout="packed")
+    objective = Objective(scorer, InitialPolicy(scorer), build_loss(KTOConfig()), logged=(ENTROPY,))
+    trained, ahead = objective.parts(random_groups(3, completions=2))
+    assert ahead
+
+    (foreknown,) = objective.score_ahead([ahead])
+    assert not foreknown.policy.statistics
+    scored = objective.step([trained], [ahead])(0)
+    assert list(scored.comparison.policy.statistics) == [ENTROPY]
 
 
 def test_an_evaluation_shows_it(tmp_path: Path) -> None:

@@ -70,9 +70,12 @@ class Objective:
         return Step(self, passes, ahead)
 
     def score_ahead(self, passes: Sequence[Groups]) -> list[Comparison]:
-        """Each pass without gradient, and without dropout, which would only blur an estimate."""
+        """Each pass without gradient, and without dropout, which would only blur an estimate.
+
+        Nothing of them is logged.
+        """
         with torch.no_grad(), evaluating(self.scorer.model):
-            return [self.compare(each) for each in passes]
+            return [self.compare(each, logged=()) for each in passes]
 
     def known(self, ahead: Sequence[Comparison], counts: Sequence[float]) -> dict[str, object]:
         """What the loss is told of all processes' groups, from what was scored ahead here and `counts`."""
@@ -88,21 +91,25 @@ class Objective:
         count = self.loss.count
         return [] if count is None else [count(group) for each in passes for group in each]
 
-    def compare(self, groups: Groups) -> Comparison:
-        """One forward pass; the policy's log-probs carry gradient where grad mode is on."""
+    def compare(self, groups: Groups, *, logged: tuple[str, ...] | None = None) -> Comparison:
+        """One forward pass; the policy's log-probs carry gradient where grad mode is on.
+
+        `logged` replaces what the objective logs.
+        """
         self._require_sizes(groups)
         batch = self.scorer.pack(groups).to(self.scorer.model.device)
         weights = None if self.loss.token_weights is None else self.loss.token_weights(batch)
-        reference, policy = self._score(batch)
+        logged = self.logged if logged is None else logged
+        statistics = tuple(dict.fromkeys((*self.loss.statistics, *logged)))
+        reference, policy = self._score(batch, statistics)
         return Comparison(
             policy.reduce(weights),
             reference.reduce(weights) if reference is not None else None,
             batch.completions,
         )
 
-    def _score(self, batch: PackedBatch) -> tuple[TokenLogps | None, TokenLogps]:
+    def _score(self, batch: PackedBatch, statistics: tuple[str, ...]) -> tuple[TokenLogps | None, TokenLogps]:
         """Reference and policy."""
-        statistics = tuple(dict.fromkeys((*self.loss.statistics, *self.logged)))
         if not self.loss.needs_distribution:
             return self.reference.token_logps(batch), self.scorer(batch, statistics)
         assert isinstance(self.reference, LiveReference), "the plan of such a loss is live"
