@@ -7,9 +7,7 @@ from fiducial.prepare import Policy, ProvedReference, Run
 from fiducial.reference.cache import LogpStore
 from fiducial.reference.cache.opening import OWN_FOLDER
 from fiducial.reference.fill import warn
-from fiducial.reference.fingerprint import identify
 from fiducial.reference.kept import Kept
-from fiducial.reference.sources import SeparateModel
 from fiducial.training.reference_sync import ReferenceSync
 from fiducial.training.reference_window import ReferenceWindow
 from fiducial.training.trainer import PreferenceTrainer
@@ -63,12 +61,13 @@ def _window(run: Run, policy: Policy, judged: ProvedReference) -> ReferenceWindo
         warn(run.console, sentence)
 
     assert judged.follower is not None
-    live, folder = judged.reference, Path(run.cfg.output.output_dir) / OWN_FOLDER
-    identity = identify(run.plan, live.scorer if isinstance(live, SeparateModel) else policy.scorer)
+    assert judged.identity is not None, "records are written through"
+    folder = Path(run.cfg.output.output_dir) / OWN_FOLDER
+    store = LogpStore(folder, judged.identity, tell=tell)
     return ReferenceWindow(
-        Kept(live, policy.scorer, LogpStore(folder, identity, tell=tell), tell=tell),
+        Kept(judged.reference, policy.scorer, store, tell=tell),
         judged.follower,
-        identity,
+        judged.identity,
         folder=folder,
         token_budget=policy.micro_batch_tokens,
         tell=tell,

@@ -97,7 +97,8 @@ class ProvedReference:
     proof: Proof | None
     """None where there is no reference. Where answers are kept, the reference itself was measured."""
     identity: Identity | None = None
-    """Which weights it was before step 1; None without a reference, and in all processes but the first."""
+    """Which weights it was before step 1; None without a reference, and in all processes but the first where
+    they keep no records."""
     follower: Follower | None = None
     """What moves the reference, where the plan has it follow the policy."""
     approximation: Approximation | None = None
@@ -128,7 +129,7 @@ def score_ahead(
     scorer = second or policy.scorer
     with all_or_none():
         put_named_adapter(run.plan, policy.model, pickle=run.cfg.model.allow_pickle_weights)
-    store = _open_store(run, scorer)
+    store = _open_store(run, _identify(run, scorer))
     reference = build_scoring_reference(run.plan, policy.scorer, second)
     noise = fill(
         store,
@@ -213,8 +214,11 @@ def prove(
     identity = None
     if ahead is not None:
         identity = ahead.store.identity
-    elif is_first_process():  # weights are hashed once, not by every process
-        identity = _identify(run, second or policy.scorer)
+    else:
+        with all_or_none():
+            # Weights are hashed once, and by other processes only where they open the records by it.
+            if is_first_process() or run.plan.writes_through:
+                identity = _identify(run, second or policy.scorer)
     approximation = _measured(run, policy, reference, groups)
     proof = prove_reference(
         policy.scorer,
@@ -225,7 +229,8 @@ def prove(
         known_noise=0.0 if ahead is None else ahead.noise,
     )
     if run.plan.kept and not run.precomputes:
-        reference = _kept(run, policy, reference, second)
+        assert identity is not None, "records are written through"
+        reference = _kept(run, policy, reference, second, _open_store(run, identity))
     follower = None
     if run.plan.sync is not None:
         follower = build_follower(policy.model, None if second is None else second.model, run.plan.sync)
@@ -259,7 +264,7 @@ def build_objective(run: Run, policy: Policy, judged: ProvedReference) -> Object
 
 
 def _identify(run: Run, scorer: Scorer) -> Identity:
-    """The reference's identity, which must be the one the run's record has."""
+    """The reference's identity, which must be the one the run's record has; before weights are sharded."""
     return _unchanged(run, identify_loaded(run.cfg, run.plan, run.tokenizer, scorer))
 
 
@@ -270,9 +275,8 @@ def _unchanged(run: Run, identity: Identity) -> Identity:
     return identity
 
 
-def _open_store(run: Run, scorer: Scorer) -> LogpStore:
-    """The records of the reference that `scorer` holds; before step 1, and before weights are sharded."""
-    identity = _identify(run, scorer)
+def _open_store(run: Run, identity: Identity) -> LogpStore:
+    """The records of the run's reference, whose identity later plans are told."""
     remember(run.cfg, run.plan, identity.digest)
     return _store_of(run, identity)
 
@@ -281,11 +285,10 @@ def _store_of(run: Run, identity: Identity) -> LogpStore:
     return open_store(run.cfg, identity, tell=lambda sentence: warn(run.console, sentence))
 
 
-def _kept(run: Run, policy: Policy, live: Reference, second: Scorer | None) -> Kept:
+def _kept(run: Run, policy: Policy, live: Reference, second: Scorer | None, store: LogpStore) -> Kept:
     """`live` behind the cache, whose records it is compared with on the first rows."""
-    scorer = second or policy.scorer
-    store = _open_store(run, scorer)
-    tell_checked(run.console, "streamed", spot_check(run.data.sample, live, scorer, store))
+    checked = spot_check(run.data.sample, live, second or policy.scorer, store)
+    tell_checked(run.console, "streamed", checked)
     return Kept(
         live,
         policy.scorer,

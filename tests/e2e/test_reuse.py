@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 from safetensors.torch import load_file
 
+from fiducial.reference import fingerprint
 from fiducial.reference.cache.scoring import _Worker
 from fiducial.train import train
 from run_configs import run_config, write_pairs
@@ -60,6 +61,26 @@ def test_a_run_that_asks_the_same_of_the_reference_scores_nothing(
     train(run_config(tmp_path, **before))
     train(run_config(tmp_path, **(before | change)))
     assert scored == [24, 0]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"streaming": True}, {"reference": {"schedule": "synced", "sync_steps": 9}}],
+    ids=["stored", "streamed", "synced"],
+)
+def test_the_reference_is_hashed_once_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    hashed: list[str | None] = []
+    look = fingerprint.fingerprint_model
+
+    def counting(model: Any, adapter: str | None) -> Any:
+        hashed.append(adapter)
+        return look(model, adapter)
+
+    monkeypatch.setattr(fingerprint, "fingerprint_model", counting)
+    train(run_config(tmp_path, rows=4, max_steps=1, **settings))
+    assert len(hashed) == 1
 
 
 def test_of_appended_rows_only_the_new_ones_are_scored(tmp_path: Path, scored: list[int]) -> None:
