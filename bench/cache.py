@@ -221,11 +221,12 @@ class FirstStep(TrainerCallback):
 
 def _start(settings: dict[str, Any], result: Path) -> int:
     """`fiducial train`, watched."""
-    from fiducial import train as program
+    from fiducial import assembly
+    from fiducial.train import train
 
     first = FirstStep(result, imported=time.time())
-    program.setting_callbacks = lambda cfg: [first]
-    program.train(settings, console=Console(quiet=True))
+    assembly.setting_callbacks = lambda cfg: [first]
+    train(settings, console=Console(quiet=True))
     return 0
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from fiducial import train as train_module
+from fiducial import assembly
 from fiducial.training.callbacks import read_metrics_lines
 
 TIMINGS = {"tokens_per_second", "pairs_per_second", "peak_memory_gb", "total_flos"}
@@ -37,4 +37,4 @@ class StopAfter(TrainerCallback):
 
 
 def interrupt_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_module, "setting_callbacks", lambda cfg: [StopAfter(step)])
+    monkeypatch.setattr(assembly, "setting_callbacks", lambda cfg: [StopAfter(step)])

@@ -16,7 +16,8 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from transformers import TrainerCallback
 
-from fiducial import train as train_module
+from fiducial import assembly
+from fiducial.train import train
 from fiducial.training import arguments
 from fiducial.training.callbacks import Interrupted
 from fiducial.training.trainer import PreferenceTrainer
@@ -47,9 +48,9 @@ class ShardedTrainer(PreferenceTrainer):
 
 
 def run(settings: dict[str, Any], stop_after: int | None) -> None:
-    train_module.setting_callbacks = lambda cfg: [] if stop_after is None else [Interrupt(stop_after)]
+    assembly.setting_callbacks = lambda cfg: [] if stop_after is None else [Interrupt(stop_after)]
     try:
-        train_module.train(settings)
+        train(settings)
         assert stop_after is None
     except Interrupted:
         assert stop_after is not None
@@ -57,7 +58,7 @@ def run(settings: dict[str, Any], stop_after: int | None) -> None:
 
 
 if __name__ == "__main__":
-    train_module.PreferenceTrainer = ShardedTrainer
+    assembly.PreferenceTrainer = ShardedTrainer
     arguments._check_launch = lambda cfg: None  # it refuses to shard without a GPU
     for each in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         run(each["settings"], each["stop_after"])

@@ -9,20 +9,18 @@ from typing import Any
 from peft import PeftModel
 from rich.console import Console
 from transformers import TrainingArguments
-from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
 from fiducial.agreement import lost_process_explained
+from fiducial.assembly import METRICS_FILE, assemble
 from fiducial.config.load import validate_config
 from fiducial.config.schema import RunConfig
 from fiducial.model.adapters import REFERENCE_ADAPTER
 from fiducial.model_card import write_model_card
-from fiducial.moving_run import let_it_move
 from fiducial.prepare import (
     Policy,
     ProvedReference,
     Run,
-    build_objective,
     is_first_process,
     load_policy,
     main_console,
@@ -30,34 +28,25 @@ from fiducial.prepare import (
     read_run,
     score_ahead,
 )
-from fiducial.record_keeping import RecordKeeper, answers, record_of
+from fiducial.record_keeping import answers, record_of
 from fiducial.reference.kept import measured, written_at_the_end
 from fiducial.reference.kinds import ReferencePlan
 from fiducial.reference.moving import MOVED_FOLDER, save_follower
 from fiducial.reference.setup import setup_reference_model
 from fiducial.reference.verify import check_unmoved
-from fiducial.run_record import RECORD_FILE, Answers, find_record
+from fiducial.run_record import RECORD_FILE, find_record
 from fiducial.run_report import PLAN_FILE, RunReport
-from fiducial.training.arguments import setting_callbacks, training_arguments, world_size
+from fiducial.training.arguments import training_arguments, world_size
 from fiducial.training.budget import choose_token_budget
-from fiducial.training.callbacks import (
-    Interrupted,
-    Interruption,
-    LastEvaluation,
-    MetricsFile,
-    saved_micro_batch_tokens,
-)
+from fiducial.training.callbacks import Interrupted, Interruption, saved_micro_batch_tokens
 from fiducial.training.checkpoints import Launch, full_disk_explained, to_resume
 from fiducial.training.closing import closing_table, first_and_last
 from fiducial.training.loggers import close_loggers, reporting, require_loggers
 from fiducial.training.progress import ProgressBar
 from fiducial.training.reference_sync import ReferenceSync
-from fiducial.training.step_clock import StepClock, TimedReference
-from fiducial.training.trainer import PreferenceTrainer, TrainingData
+from fiducial.training.trainer import PreferenceTrainer
 
 __all__ = ["TrainResult", "preprocess", "setup_reference_model", "train"]
-
-METRICS_FILE = "metrics.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,25 +84,16 @@ def train(cfg: RunConfig | Mapping[str, Any], *, console: Console | None = None)
         budget = choose_token_budget(run.cfg, run.facts, run.plan, args.device, resumed=resumed)
         report = RunReport(run, budget, args.device)
         policy, judged = _load_and_prove(run, args, budget, report)
-        moving = let_it_move(run, policy, judged)
-        asked = judged if moving is None else moving.asked_by_trainer(judged)
-        timed = TimedReference(asked.reference, args.device)
-        clock = StepClock(timed)
-        trainer = _build_trainer(run, policy, replace(asked, reference=timed), args)
-        if moving is not None:
-            moving.join(trainer, resume)
-        sync = None if moving is None else moving.sync
-        trainer.add_callback(_record_keeper(run, policy, judged, sync))
-        trainer.add_callback(clock)
-        with written_at_the_end(asked.reference):
+        assembled = assemble(run, policy, judged, args, resume)
+        trainer, sync = assembled.trainer, assembled.sync
+        with written_at_the_end(assembled.reference):
             _train(trainer, resume, run)
             _close_proof(run, policy, judged, sync, report)
             if run.data.evaluation is not None and not _evaluated_as_it_is(trainer):
                 close_loggers(trainer)
                 trainer.evaluate()
-        if moving is not None:
-            moving.close()
-        report.add_measured(clock)
+        assembled.close()
+        report.add_measured(assembled.clock)
         report.tell_rows()
         metrics = _finish(trainer, policy, judged, report)
     return TrainResult(output_dir, metrics, run.plan, report.record)
@@ -167,42 +147,6 @@ def _load_and_prove(
     report.tell_proof(policy, judged)
     report.write()
     return policy, judged
-
-
-def _build_trainer(
-    run: Run, policy: Policy, judged: ProvedReference, args: TrainingArguments
-) -> PreferenceTrainer:
-    assert run.cfg.method is not None
-    assert run.cfg.data is not None
-    trainer = PreferenceTrainer(
-        policy.model,
-        args,
-        build_objective(run, policy, judged),
-        TrainingData(run.data.train, run.data.evaluation, run.cfg.data.shuffle),
-        micro_batch_tokens=policy.micro_batch_tokens,
-        tokenizer=run.tokenizer,
-        callbacks=[
-            MetricsFile(Path(run.cfg.output.output_dir) / METRICS_FILE),
-            *setting_callbacks(run.cfg),
-            *([LastEvaluation()] if run.data.evaluation is not None else []),
-        ],
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
-def _record_keeper(
-    run: Run, policy: Policy, judged: ProvedReference, sync: ReferenceSync | None
-) -> RecordKeeper:
-    """What keeps the run's record in checkpoints; it is in the output folder from now on."""
-
-    def moved() -> Answers | None:
-        return None if sync is None else answers(sync.proof, sync.groups)
-
-    keeper = RecordKeeper(record_of(run, policy, judged), moved)
-    if is_first_process():
-        keeper.save_files(Path(run.cfg.output.output_dir))
-    return keeper
 
 
 def _train(trainer: PreferenceTrainer, resume: Path | None, run: Run) -> None:

@@ -17,7 +17,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from fiducial import train as train_module
+from fiducial import assembly
 from fiducial.errors import CacheError
 from fiducial.reference.cache.folder import RecordFolder
 from fiducial.train import train
@@ -113,7 +113,7 @@ def test_a_cache_deleted_in_mid_run_costs_nothing(
     quietly(settings | {"output_dir": str(tmp_path / "whole")})
     shutil.rmtree(reference_cache)
     rob = AtStep(3, lambda: shutil.rmtree(reference_cache))
-    monkeypatch.setattr(train_module, "setting_callbacks", lambda cfg: [rob])
+    monkeypatch.setattr(assembly, "setting_callbacks", lambda cfg: [rob])
     console = Console(record=True, width=300, force_terminal=False)
     train(settings, console=console)
     assert same(tmp_path / "out", tmp_path / "whole")

@@ -56,6 +56,7 @@ LAYERS = {
     "fiducial.record_keeping": 8,
     "fiducial.run_report": 8,
     "fiducial.moving_run": 8,
+    "fiducial.assembly": 8,
     "fiducial.cache_report": 9,
     "fiducial.cache_command": 9,
     "fiducial.merge": 8,
