@@ -27,6 +27,7 @@ LAYERS = {
     "fiducial.losses": 4,
     "fiducial.reference.describe": 5,
     "fiducial.reference.row_counts": 5,
+    "fiducial.reference.list_lengths": 5,
     "fiducial.model": 5,
     "fiducial.reference.sources": 6,
     "fiducial.reference.cache": 6,

@@ -17,11 +17,13 @@ from fiducial.reference.alternatives import alternatives, relative_time
 from fiducial.reference.cache.known import known_records
 from fiducial.reference.facts import Facts, ModelFacts, gather_facts
 from fiducial.reference.kinds import ReferencePlan
+from fiducial.reference.list_lengths import assumed_lists
 from fiducial.reference.memory import (
     LARGEST_BUDGET,
     MemoryEstimate,
     auto_token_budget,
     estimate_memory,
+    longest_group,
 )
 from fiducial.reference.plan import plan_reference
 from fiducial.reference.precision import sees_gpu
@@ -39,8 +41,11 @@ def plan_run(cfg: RunConfig) -> Report:
     """
     facts = gather_facts(cfg)
     plan = plan_reference(cfg, facts)
-    memory = estimate_memory(cfg, facts, plan, _token_budget(cfg, facts, plan))
-    return plan_report(cfg, facts, plan, memory, count_data(cfg))
+    lists, budget = assumed_lists(cfg), _token_budget(cfg, facts, plan)
+    memory = estimate_memory(cfg, facts, plan, budget, longest=longest_group(cfg, lists.completions))
+    report = plan_report(cfg, facts, plan, memory, count_data(cfg))
+    report["memory"]["assumes"] = lists.sentence
+    return report
 
 
 def plan_report(
@@ -136,6 +141,7 @@ def _memory(cfg: RunConfig, memory: MemoryEstimate) -> Report:
         "training_bytes": memory.at("training"),
         "peak_bytes": memory.peak,
         "held": list(memory.held),
+        "assumes": None,
     }
 
 
@@ -255,6 +261,8 @@ def _memory_table(memory: Report) -> Table:
         title_justify="left",
         box=box.SIMPLE_HEAD,
         show_footer=True,
+        caption=memory["assumes"],
+        caption_justify="left",
     )
     table.add_column("", footer="peak")
     table.add_column("held", footer="")

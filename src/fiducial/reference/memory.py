@@ -157,15 +157,15 @@ def auto_token_budget(available_bytes: int, facts: Facts, cfg: RunConfig, *, gpu
     return max(1, min(LARGEST_BUDGET["gpu" if precision.gpu else "cpu"], fits))
 
 
-def longest_group(cfg: RunConfig) -> int:
+def longest_group(cfg: RunConfig, listed: int | None = None) -> int:
     """Most tokens a group may have: as many times `sequence_len` as the loss compares completions.
 
-    Losses of any number of completions are counted with two, unpaired ones with one.
+    Losses of any number of completions are counted with `listed`, or else two; unpaired ones with one.
     """
     sequence_len = cfg.data.sequence_len if cfg.data else 2048
     if cfg.method is None:
         return sequence_len * 2
-    return sequence_len * ((cfg.method.num_completions or 2) if cfg.method.paired else 1)
+    return sequence_len * ((cfg.method.num_completions or listed or 2) if cfg.method.paired else 1)
 
 
 def _beside_gradients(activations: int, gradients: int, *, first: int) -> int:

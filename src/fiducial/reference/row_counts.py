@@ -8,7 +8,7 @@ splits is counted when it is loaded: None here, never a guess.
 import csv
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -62,6 +62,14 @@ def count_rows(config: DatasetConfig) -> int | None:
     """Rows this dataset contributes, its `split` slice and `shards` applied."""
     found = _count(config)
     return None if found is None else found.rows
+
+
+def first_rows(config: DatasetConfig, number: int) -> list[Mapping[str, Any]]:
+    """The first rows of the dataset's first local file; none where only loading tells them."""
+    for file, kind in _local_files(config) or ():
+        look = _FIRST_ROWS.get(kind)
+        return [] if look is None else [row for row in look(file, number) if isinstance(row, dict)]
+    return []
 
 
 def _count(config: DatasetConfig) -> "_Found | None":
@@ -178,6 +186,50 @@ _LOOKS: dict[str, Callable[[Path], _Found | None]] = {
     "csv": _csv,
     "parquet": _parquet,
     "arrow": _arrow,
+}
+
+
+def _first_of_json(file: Path, number: int) -> list[Any]:
+    if file.suffix == ".json":
+        if file.stat().st_size > _LONGEST_READ:
+            return []
+        try:
+            content: Any = json.loads(file.read_text(encoding="utf-8"))
+            return content[:number] if isinstance(content, list) else []
+        except ValueError:
+            pass  # several documents: JSON Lines under a .json name
+    with file.open("rb") as lines:
+        return list(map(_parsed, islice((line for line in lines if line.strip()), number)))
+
+
+def _first_of_parquet(file: Path, number: int) -> list[Any]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        batch = next(pq.ParquetFile(file).iter_batches(batch_size=number), None)
+    except pa.ArrowException:
+        return []  # damaged: loading it says so
+    rows: list[Any] = [] if batch is None else batch.to_pylist()
+    return rows
+
+
+def _first_of_arrow(file: Path, number: int) -> list[Any]:
+    import pyarrow as pa
+
+    try:
+        with pa.memory_map(str(file)) as source:
+            batch = next(iter(pa.ipc.open_stream(source)), None)
+            rows: list[Any] = [] if batch is None else batch.slice(0, number).to_pylist()
+            return rows
+    except pa.ArrowException:
+        return []  # a file that is no stream, or damaged: loading it says so
+
+
+_FIRST_ROWS: dict[str, Callable[[Path, int], list[Any]]] = {
+    "json": _first_of_json,
+    "parquet": _first_of_parquet,
+    "arrow": _first_of_arrow,
 }
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 from rich.console import Console
 
 from fiducial.config.methods import DPOConfig, KTOConfig, MethodConfig, ORPOConfig, PlackettLuceConfig
@@ -47,6 +48,48 @@ def page(report: dict[str, Any], width: int = 80) -> str:
     output = io.StringIO()
     render_plan(report, Console(width=width, file=output))
     return output.getvalue()
+
+
+LISTS = [
+    {"prompt": "a", "completions": ["b", "c", "d"], "scores": [1.0, 2.0, 3.0]},
+    {"prompt": "a", "completions": ["b", "c", "d", "e", "e"], "scores": [1.0, 2.0, 3.0, 0.0, 0.0]},
+    {"prompt": "a", "completions": ["b"], "scores": [1.0]},
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "completions"),
+    [("lists.jsonl", 4), ("lists.json", 4), ("lists.parquet", 4), ("saved", 4), ("pairs", 2), ("hub", None)],
+)
+def test_lists_are_counted_as_long_as_the_first_rows_have_them(
+    base: Path, pairs: Path, tmp_path: Path, name: str, completions: int | None
+) -> None:
+    file, rows = tmp_path / name, Dataset.from_list(LISTS)
+    match name:
+        case "lists.jsonl":
+            file.write_text("\n".join(map(json.dumps, LISTS)))
+        case "lists.json":
+            file.write_text(json.dumps(LISTS))
+        case "lists.parquet":
+            rows.to_parquet(file)
+        case "saved":
+            rows.save_to_disk(file)
+    place = {"pairs": pairs, "hub": "someone/lists"}.get(name, file)
+    optimization = OptimizationConfig(micro_batch_size=1, gradient_accumulation_steps=1)
+    plan = plan_run(run(base, place, method=PlackettLuceConfig(), optimization=optimization))
+    of_pairs = plan_run(run(base, pairs, optimization=optimization))
+    assert activations(plan) / activations(of_pairs) == pytest.approx((completions or 2) / 2, rel=0.05)
+    said = f"Counted with {completions} completions a list, the most in the data's first rows."
+    if completions is None:
+        said = "Counted with 2 completions a list: how many there are is known when the data is loaded."
+    assert plan["memory"]["assumes"] == said
+    assert " ".join(said.split()) in " ".join(page(plan).split())
+    assert of_pairs["memory"]["assumes"] is None
+
+
+def activations(report: dict[str, Any]) -> int:
+    (size,) = (part["bytes"] for part in report["memory"]["parts"] if "a training pass" in part["name"])
+    return int(size)
 
 
 def test_the_report_holds_the_decision_and_its_numbers(base: Path, pairs: Path) -> None:
