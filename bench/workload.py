@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bench import texts
-from bench.texts import END_OF_TURN, available
+from bench.texts import END_OF_TURN, MERGES, available
 
 __all__ = ["BATCH_SIZE", "DATA", "Example", "Workload", "available", "make", "statistics"]
 
@@ -131,7 +131,11 @@ def make(
     steps: int,
     batch_size: int | None = None,
 ) -> Workload:
-    """Examples for `warmup` + `steps` optimizer steps that stand for the whole of data set `name`."""
+    """Examples for `warmup` + `steps` optimizer steps that stand for the whole of data set `name`.
+
+    They are generated too where the vocabulary is too small for the real texts' tokens.
+    """
+    generated = generated or vocab_size < MERGES
     every = _generate(DATA[name], vocab_size) if generated else _tokenize(name)
     fitting = [example for example in every if example.longest <= max_length]
     batch_size = batch_size or BATCH_SIZE[name]

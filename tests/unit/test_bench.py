@@ -83,6 +83,17 @@ def test_a_few_examples_have_the_lengths_and_the_padding_of_the_whole_set(name: 
     assert max(pair.longest for pair in made.examples) <= 2048
 
 
+def test_a_small_vocabulary_is_given_tokens_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(texts, "read", lambda name: pytest.fail("its tokens do not fit"))
+    vocab_size = shapes.SHAPES["tiny"]["vocab_size"]
+    made = workload.make(
+        "hh", generated=False, vocab_size=vocab_size, max_length=300, warmup=0, steps=1, batch_size=4
+    )
+    assert made.name == "hh (generated)"
+    ids = [token for each in made.examples for part in (each.prompt, *each.completions) for token in part]
+    assert max(ids) < vocab_size
+
+
 def test_products_are_every_weight_matrix_of_the_model() -> None:
     config = shapes.config("42M", longest=16)
     with torch.device("meta"):
