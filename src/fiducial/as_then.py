@@ -20,6 +20,7 @@ from fiducial.model.loader import ModelLoader
 from fiducial.model.precision import resolve_precision
 from fiducial.model.scoring import Scorer
 from fiducial.model.tokenizer import load_tokenizer
+from fiducial.offline import kept_to_cache
 from fiducial.prepare import main_console, read_run, typical_groups
 from fiducial.reference.facts import gather_facts
 from fiducial.reference.identity import Identity
@@ -55,7 +56,13 @@ def verify_finished(finished: FinishedRun, *, console: Console | None = None) ->
     Raises:
         ModelError: it is not; the message names what differs.
     """
-    record, console = finished.record, console or main_console()
+    console = console or main_console()
+    with kept_to_cache(finished.cfg, console):
+        return _verify(finished, console)
+
+
+def _verify(finished: FinishedRun, console: Console) -> Findings:
+    record = finished.record
     assert record is not None, "a folder without a record was refused"
     facts = gather_facts(finished.cfg)
     plan = plan_reference(finished.cfg, facts)

@@ -66,6 +66,32 @@ def enable_gradient_checkpointing(model: nn.Module, options: dict[str, Any]) -> 
         call.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
+@contextmanager
+def hub_offline() -> Iterator[None]:
+    """Inside, the hub's client and the libraries that use it keep to what is cached.
+
+    Sets HF_HUB_OFFLINE, which PEFT reads at every use, and what huggingface_hub and datasets have made of it
+    when they were imported: there is no call for it. Can go when the client has one
+    (https://github.com/huggingface/huggingface_hub/blob/main/src/huggingface_hub/constants.py).
+    """
+    import datasets
+    import huggingface_hub
+
+    holders: tuple[Any, ...] = (huggingface_hub.constants, datasets.config)
+    before, said = [holder.HF_HUB_OFFLINE for holder in holders], os.environ.get("HF_HUB_OFFLINE")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    for holder in holders:
+        holder.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        for holder, value in zip(holders, before, strict=True):
+            holder.HF_HUB_OFFLINE = value
+        os.environ.pop("HF_HUB_OFFLINE", None)
+        if said is not None:
+            os.environ["HF_HUB_OFFLINE"] = said
+
+
 def has_onednn_product() -> bool:
     """Whether this torch has the operator behind `onednn_product`."""
     return hasattr(torch.ops.mkldnn, "_linear_pointwise")

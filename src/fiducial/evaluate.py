@@ -13,6 +13,7 @@ from fiducial.config.load import validate_config
 from fiducial.config.schema import RunConfig
 from fiducial.errors import ConfigError
 from fiducial.finished import FinishedRun, from_config, require_fits
+from fiducial.offline import kept_to_cache
 from fiducial.prepare import (
     ProvedReference,
     Run,
@@ -57,14 +58,20 @@ def evaluate_finished(finished: FinishedRun, *, console: Console | None = None) 
     more than one model is held. Only what is evaluated is scored.
     """
     cfg = _with_evaluation_alone(finished.cfg, new_data=finished.new_data)
-    run = replace(read_run(cfg, console or main_console()), record=finished.record)
+    console = console or main_console()
+    with kept_to_cache(cfg, console):
+        run = replace(read_run(cfg, console), record=finished.record)
+        return _evaluate(run, finished.folder)
+
+
+def _evaluate(run: Run, folder: Path) -> dict[str, float]:
     evaluation = run.data.evaluation
     if evaluation is None or run.cfg.method is None:
         raise ConfigError(
             "val_set_size, test_datasets: set one of them, or there is nothing to evaluate on. Other pairs "
             "are named as datasets.0.path=pairs.jsonl behind the run's folder."
         )
-    require_fits(finished.folder, run.cfg, run.facts)
+    require_fits(folder, run.cfg, run.facts)
     args = training_arguments(_offline(run.cfg), num_rows=len(run.data.train), has_evaluation=True)
     budget = choose_token_budget(run.cfg, run.facts, run.plan, args.device)
     policy = load_policy(run, args.device, budget)
@@ -78,12 +85,12 @@ def evaluate_finished(finished: FinishedRun, *, console: Console | None = None) 
         micro_batch_tokens=budget,
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.load_weights(finished.folder)
-    _move_reference(run, judged, finished.folder)
+    trainer.load_weights(folder)
+    _move_reference(run, judged, folder)
     with written_at_the_end(judged.reference):
         found = trainer.evaluate()
     metrics = {name: found[f"eval_{name}"] for name in (*METRICS, *ASKED_FOR) if f"eval_{name}" in found}
-    title = f"{finished.folder} on {len(evaluation)} {run.cfg.method.unit}s"
+    title = f"{folder} on {len(evaluation)} {run.cfg.method.unit}s"
     run.console.print(_table(metrics, title))
     return metrics
 

@@ -24,16 +24,23 @@ _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
 def keep_to_cache(cfg: RunConfig) -> str | None:
-    """Why the hub cannot be asked for what `cfg` names there; None where it can, or is not asked.
+    """As `out_of_reach`; and where the hub is, its client is to keep to the cache.
 
     From then on libraries that are imported, and processes that are started, use only what is cached.
     """
-    if _said() is not None or not any(is_hub_name(location) for location in _locations(cfg)):
-        return None
-    reason = unreachable()
+    reason = out_of_reach(cfg)
     if reason is not None:
         os.environ["HF_HUB_OFFLINE"] = "1"
     return reason
+
+
+def out_of_reach(cfg: RunConfig) -> str | None:
+    """Why the hub cannot be asked for what `cfg` names there.
+
+    None where it can, where nothing of it is asked, and where the user has said whether to ask.
+    """
+    asked = _said() is None and any(is_hub_name(location) for location in _locations(cfg))
+    return unreachable() if asked else None
 
 
 def is_hub_name(location: str) -> bool:
@@ -96,7 +103,10 @@ def _ask(endpoint: str) -> str | None:
 
 def _locations(cfg: RunConfig) -> list[str]:
     """Whatever of the run may be a name on the hub."""
-    named = [cfg.model.base_model, cfg.tokenizer.path, cfg.reference.model]
+    reference = cfg.reference
+    named = [cfg.model.base_model, cfg.tokenizer.path, reference.adapter]
+    if reference.endpoint is None:  # or else it is a name on that server
+        named.append(reference.model)
     if cfg.adapter is not None:
         named.append(cfg.adapter.path)
     if cfg.data is not None:

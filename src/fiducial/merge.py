@@ -13,6 +13,7 @@ from fiducial.errors import ConfigError, ModelError
 from fiducial.model.checkpoint import read_config
 from fiducial.model.loader import ModelLoader
 from fiducial.model.tokenizer import load_tokenizer
+from fiducial.offline import kept_to_cache
 from fiducial.reference.plan import Checkpoint
 
 
@@ -30,6 +31,11 @@ def merge_adapter(cfg: RunConfig, output: Path | None = None) -> Path:
         ConfigError: the run trains no adapter, or `output` would replace what is merged.
         ModelError: there is no trained adapter, or it does not fit the base.
     """
+    with kept_to_cache(cfg):
+        return _merge(cfg, output)
+
+
+def _merge(cfg: RunConfig, output: Path | None) -> Path:
     trained = Path(cfg.output.output_dir)
     target = output or trained / "merged"
     adapter = _trained_adapter(cfg, trained)

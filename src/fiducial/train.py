@@ -17,6 +17,7 @@ from fiducial.config.load import validate_config
 from fiducial.config.schema import RunConfig
 from fiducial.model.adapters import REFERENCE_ADAPTER
 from fiducial.model_card import write_model_card
+from fiducial.offline import kept_to_cache
 from fiducial.prepare import (
     Policy,
     ProvedReference,
@@ -71,7 +72,12 @@ def train(cfg: RunConfig | Mapping[str, Any], *, console: Console | None = None)
     checked = validate_config(cfg)
     require_loggers(checked.output.loggers)
     settings = None if isinstance(cfg, RunConfig) else dict(cfg)
-    run = replace(read_run(checked, console or main_console()), settings=settings)
+    console = console or main_console()
+    with kept_to_cache(checked, console):
+        return _run_to_its_end(replace(read_run(checked, console), settings=settings))
+
+
+def _run_to_its_end(run: Run) -> TrainResult:
     output_dir = Path(run.cfg.output.output_dir)
     resume = _checkpoint_to_resume(run.cfg)
     args = _arguments(run, resuming=resume is not None)
@@ -101,13 +107,15 @@ def train(cfg: RunConfig | Mapping[str, Any], *, console: Console | None = None)
 
 def preprocess(cfg: RunConfig | Mapping[str, Any], *, console: Console | None = None) -> Run:
     """Tokenize and audit the data, and score the reference where the plan precomputes it."""
-    run = read_run(cfg, console or main_console())
-    run.data.audit.render(run.console)
-    if run.precomputes:
-        args = _arguments(run, resuming=False)
-        with full_disk_explained(Path(run.cfg.output.output_dir), _launch(run.cfg)), _own_progress():
-            budget = choose_token_budget(run.cfg, run.facts, run.plan, args.device)
-            score_ahead(run, load_policy(run, args.device, budget), args.device)
+    checked, console = validate_config(cfg), console or main_console()
+    with kept_to_cache(checked, console):
+        run = read_run(checked, console)
+        run.data.audit.render(run.console)
+        if run.precomputes:
+            args = _arguments(run, resuming=False)
+            with full_disk_explained(Path(run.cfg.output.output_dir), _launch(run.cfg)), _own_progress():
+                budget = choose_token_budget(run.cfg, run.facts, run.plan, args.device)
+                score_ahead(run, load_policy(run, args.device, budget), args.device)
     return run
 
 

@@ -12,10 +12,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fiducial.config.load import validate_config
 from fiducial.config.schema import RunConfig
 from fiducial.errors import ModelError
 from fiducial.model.offload import is_offloaded
 from fiducial.model.scoring import Scorer
+from fiducial.offline import kept_to_cache
 from fiducial.prepare import (
     Policy,
     Run,
@@ -61,7 +63,12 @@ def verify(cfg: RunConfig | Mapping[str, Any], *, console: Console | None = None
     Raises:
         FiducialError: it is not the reference the loss needs; the message says why.
     """
-    run = read_run(cfg, console or main_console())
+    checked, console = validate_config(cfg), console or main_console()
+    with kept_to_cache(checked, console):
+        return _verify(read_run(checked, console))
+
+
+def _verify(run: Run) -> Findings:
     if run.plan.source is Source.NONE:
         return tell_findings(run.console, run.plan, {"nothing to prove": run.plan.why})
     loaded = load_to_prove(run)

@@ -1,5 +1,6 @@
 """Without a network a hub name is answered from the cache, or refused at once with what to do."""
 
+import io
 import json
 import os
 import resource
@@ -12,10 +13,17 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
+import datasets
+import huggingface_hub
 import pytest
+from rich.console import Console
 
 from fiducial import hub
+from fiducial.config.load import validate_config
+from fiducial.evaluate import evaluate
+from fiducial.train import train
 from run_configs import run_config
 
 NOBODY = "http://127.0.0.1:9"
@@ -154,6 +162,47 @@ def test_a_name_that_is_not_cached_is_refused_at_once(tmp_path: Path) -> None:
     assert "base_model: some/other is no folder here and not cached, and the hub" in done.stderr
     assert f"({NOBODY}: Connection refused)" in done.stderr
     assert "go online once" in done.stderr
+
+
+def test_what_a_run_names_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    local: dict[str, Any] = {"base_model": "/base", "rl": "dpo", "datasets": [{"path": "/pairs.jsonl"}]}
+    for reference, asked in (
+        ({}, False),
+        ({"model": "some/model"}, True),
+        ({"adapter": "some/adapter"}, True),
+        ({"endpoint": "http://localhost/v1", "model": "some/model"}, False),
+    ):
+        named = validate_config(local | ({"reference": reference} if reference else {}))
+        assert (hub.out_of_reach(named) is not None) == asked, reference
+
+
+def test_a_run_from_python_asks_a_hub_out_of_reach_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = json.loads(hub_run(tmp_path, "some/model").read_text())
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+    tried: list[object] = []
+    look_up = socket.getaddrinfo
+
+    def counted(*address: Any, **options: Any) -> Any:
+        tried.append(address)
+        if len(tried) > 1:
+            pytest.fail(
+                f"the hub is asked again: {address}"
+            )  # no Exception, after which the client would wait
+        return look_up(*address, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", counted)
+    console = Console(record=True, width=200, file=io.StringIO())
+    train(run, console=console)
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert f"cannot be reached ({NOBODY}: Connection refused): using what is cached" in console.export_text()
+    evaluate(run | {"val_set_size": 2}, console=Console(quiet=True))
+    assert len(tried) == 1, "what was found out holds for a minute"
+    assert "HF_HUB_OFFLINE" not in os.environ
+    assert not huggingface_hub.is_offline_mode()
+    assert not datasets.config.HF_HUB_OFFLINE
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fiducial.config.load import validate_config
 from fiducial.config.schema import RunConfig
 from fiducial.model.loader import ModelLoader
+from fiducial.offline import kept_to_cache
 from fiducial.reference.facts import gather_facts
 from fiducial.reference.plan import ReferencePlan, Source, plan_live_reference
 
@@ -30,6 +31,11 @@ def setup_reference_model(
     run = validate_config(cfg)
     if run.method is None:
         return None
+    with kept_to_cache(run):
+        return _load_if_needed(run, tokenizer)
+
+
+def _load_if_needed(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | None:
     plan = plan_live_reference(run, gather_facts(run))
     if not _keeps_second_model(plan):
         for note in plan.notes:
