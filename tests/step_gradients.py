@@ -6,6 +6,7 @@ Run as a file it is one of two processes, started by torchrun from test_any_cut.
 import math
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -128,8 +129,9 @@ def name(config: type[MethodConfig]) -> str:
     return str(config.model_fields["name"].default)
 
 
+@cache
 def policy(dropout: float = 0.0) -> PreTrainedModel:
-    """A LoRA policy: its few gradients are quickly compared."""
+    """A LoRA policy: its few gradients are quickly compared. One for all losses, which take no step."""
     torch.manual_seed(0)
     config = LoraConfig(r=4, target_modules="all-linear", lora_dropout=dropout)
     model = get_peft_model(tiny_model(num_hidden_layers=1), config)
@@ -145,13 +147,18 @@ def cut(groups: Sequence[TokenizedGroup], passes: int) -> list[list[TokenizedGro
     return [list(groups[index::passes]) for index in range(passes)]
 
 
+@cache
+def reference() -> StoredReference:
+    """Another model, which scores each completion once for all losses."""
+    return StoredReference(Scorer(tiny_model(seed=1, num_hidden_layers=1), layout="packed"), ())
+
+
 def objective_of(loss: Loss, groups: Sequence[TokenizedGroup], *, dropout: float = 0.0) -> Objective:
     """`loss` of a policy that has moved, against the stored log-probs of another model."""
     objective = Objective(Scorer(policy(dropout), layout="packed"), NoReference(), loss)
-    stored = StoredReference(Scorer(tiny_model(seed=1, num_hidden_layers=1), layout="packed"), ())
     for part in objective.parts(groups):
-        stored.add(part)
-    objective.reference = stored
+        reference().add(part)
+    objective.reference = reference()
     return objective
 
 
@@ -163,6 +170,7 @@ def gradient(loss: Loss, passes: Sequence[Sequence[TokenizedGroup]], *, dropout:
     objective = objective_of(loss, [group for part in passes for group in part], dropout=dropout)
     model = objective.scorer.model
     model.train()
+    model.zero_grad()
     torch.manual_seed(1)
     trained, ahead = zip(*map(objective.parts, passes), strict=True)
     step, total = objective.step(trained, ahead if loss.ahead else ()), torch.zeros(())

@@ -45,6 +45,8 @@ class StoredReference:
 
     def add(self, groups: Iterable[TokenizedGroup]) -> None:
         for group in groups:
+            if all(key in self.records for key in group.keys):
+                continue
             with torch.no_grad():
                 logps = self.scorer(self.scorer.pack([group]))
             for number, key in enumerate(group.keys):
