@@ -20,8 +20,8 @@ _FOLDERS = count()
 def pytest_collection_finish() -> None:
     """Leave to the garbage collector only what tests make.
 
-    Every run collects twice, and what torch, transformers and TRL made when they were imported, half a million
-    objects that stay, takes most of a second each time.
+    Every run collects twice, and what torch, transformers and TRL made when they were imported, half a
+    million objects that stay, takes most of a second each time.
     """
     _check_shapes_where_they_are_stated()
     gc.collect()
@@ -29,12 +29,12 @@ def pytest_collection_finish() -> None:
 
 
 def _check_shapes_where_they_are_stated() -> None:
-    """Leave out what jaxtyping's import hook wraps besides: mypy knows its types, and calls cost ten times more."""
+    """Leave out what else jaxtyping's import hook wraps: mypy knows those types; each call pays."""
     hook = jaxtyping.jaxtyped.__code__.co_filename
     for each in gc.get_objects():
-        if type(each) is FunctionType and each.__code__.co_filename == hook and hasattr(each, "__wrapped__"):
-            if "jaxtyping." not in str(inspect.signature(each)):
-                each.__wrapped__.__no_type_check__ = True
+        wrapped = type(each) is FunctionType and each.__code__.co_filename == hook
+        if wrapped and hasattr(each, "__wrapped__") and "jaxtyping." not in str(inspect.signature(each)):
+            each.__wrapped__.__no_type_check__ = True
 
 
 @pytest.fixture(scope="session", autouse=True)

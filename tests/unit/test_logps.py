@@ -1,5 +1,6 @@
 """What of a batch is chosen, and how the passes of a step become one comparison."""
 
+import jaxtyping
 import pytest
 import torch
 
@@ -63,3 +64,11 @@ def test_a_long_completion_s_sum_is_rounded_once() -> None:
     values = -10 - torch.rand(4096, generator=torch.Generator().manual_seed(0))
     total = TokenLogps(values, torch.zeros(4096, dtype=torch.long), 1).reduce().sum
     assert total.item() == values.double().sum().float().item()
+
+
+def test_in_tests_a_shape_that_is_stated_is_checked() -> None:
+    logps = TokenLogps(torch.zeros(3), torch.zeros(3, dtype=torch.long), 1)
+    with pytest.raises(jaxtyping.TypeCheckError):
+        logps.reduce(torch.ones(3, 1))
+    with pytest.raises(jaxtyping.TypeCheckError):
+        TokenLogps(torch.zeros(3), torch.zeros(4, dtype=torch.long), 1)
