@@ -154,7 +154,7 @@ def warm_up(tokenizer: PreTrainedTokenizerFast, rng: random.Random, *, steps: in
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if (step + 1) % 50 == 0:
+        if (step + 1) % 40 == 0:
             print(f"  warm-up step {step + 1} of {steps}: loss {loss.item():.3f}")
     return model.eval()
 
@@ -165,7 +165,7 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def main(folder: Path, *, steps: int = 200) -> None:
+def main(folder: Path, *, steps: int = 120) -> None:
     """Fill `folder`, unless this very program has filled it before."""
     made_by = folder / "made-by.txt"
     fingerprint = f"{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()} {steps}\n"

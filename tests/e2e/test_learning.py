@@ -5,7 +5,7 @@ the start every pair is a tie, which is half right.
 """
 
 import json
-import runpy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +16,37 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fiducial.losses import LOSSES
 from fiducial.train import train
+from quickstart_commands import MADE, ROOT, made_by_quickstart
 
-ROOT = Path(__file__).parents[2]
 METHODS = sorted((ROOT / "examples" / "methods").glob("*.yaml"))
-QUICKSTART = Path("outputs/quickstart")
+ROWS = {"train": 128, "ranked": 128, "held-out": 32}
+"""Rows enough for the steps of an example; the rest would be read and scored for nothing."""
 LEARNED = 0.85
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the quickstart's base model and pairs."""
-    folder = tmp_path_factory.mktemp("learning")
-    runpy.run_path(str(ROOT / "examples" / "quickstart" / "make.py"))["main"](folder / QUICKSTART)
+    """A folder with the quickstart's base model and the first of its pairs."""
+    made, folder = made_by_quickstart(tmp_path_factory), tmp_path_factory.mktemp("learning")
+    shutil.copytree(made / MADE, folder / MADE)
+    for name, count in ROWS.items():
+        path = folder / MADE / "pairs" / f"{name}.jsonl"
+        rows = path.read_text(encoding="utf-8").splitlines()
+        path.write_text("\n".join(rows[:count]), encoding="utf-8")
     return folder
 
 
-def margins(model: Path) -> torch.Tensor:
+@pytest.fixture(scope="module")
+def untrained(workspace: Path) -> torch.Tensor:
+    """The margins of the base model."""
+    return margins(workspace, workspace / MADE / "base")
+
+
+def margins(workspace: Path, model: Path) -> torch.Tensor:
     """Log-prob of chosen minus rejected, for every held-out pair."""
-    tokenizer = AutoTokenizer.from_pretrained(QUICKSTART / "base")
+    tokenizer = AutoTokenizer.from_pretrained(workspace / MADE / "base")
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    lines = (QUICKSTART / "pairs" / "held-out.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (workspace / MADE / "pairs" / "held-out.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     chosen, rejected = (
         whole_logps(policy, tokenizer, [row["prompt"] + row[name] for row in rows])
@@ -53,10 +64,10 @@ def whole_logps(model: Any, tokenizer: Any, chats: list[Any]) -> torch.Tensor:
     return (logps * batch["attention_mask"][:, 1:]).sum(1)
 
 
-def accuracy(settings: dict[str, Any]) -> float:
+def accuracy(settings: dict[str, Any], workspace: Path, untrained: torch.Tensor) -> float:
     """After training with `settings`."""
     train(settings)
-    gained = margins(Path(settings["output_dir"])) - margins(QUICKSTART / "base")
+    gained = margins(workspace, workspace / settings["output_dir"]) - untrained
     return ((gained > 0).float() + 0.5 * (gained == 0).float()).mean().item()
 
 
@@ -66,21 +77,24 @@ def test_every_method_has_an_example() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("example", METHODS, ids=lambda path: path.stem)
-def test_it_learns(example: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_learns(
+    example: Path, workspace: Path, untrained: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(workspace)
 
-    assert accuracy(yaml.safe_load(example.read_text(encoding="utf-8"))) > LEARNED
+    assert accuracy(yaml.safe_load(example.read_text(encoding="utf-8")), workspace, untrained) > LEARNED
 
 
 @pytest.mark.slow
-def test_swapped_pairs_teach_the_opposite(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_swapped_pairs_teach_the_opposite(
+    workspace: Path, untrained: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(workspace)
     settings = yaml.safe_load((ROOT / "examples" / "methods" / "dpo.yaml").read_text(encoding="utf-8"))
-    pairs = (QUICKSTART / "pairs" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    pairs = (MADE / "pairs" / "train.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(pair) for pair in pairs]
     swapped = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
     Path("swapped.jsonl").write_text("\n".join(map(json.dumps, swapped)), encoding="utf-8")
+    settings |= {"datasets": [{"path": "swapped.jsonl"}], "output_dir": "outputs/swapped"}
 
-    assert (
-        accuracy(settings | {"datasets": [{"path": "swapped.jsonl"}], "output_dir": "outputs/swapped"}) < 0.15
-    )
+    assert accuracy(settings, workspace, untrained) < 0.15

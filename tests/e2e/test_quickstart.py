@@ -1,10 +1,8 @@
 """`make quickstart`, as the Makefile runs it: what is made, what is learned, and what is left behind."""
 
 import json
-import os
 import runpy
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,42 +10,18 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-ROOT = Path(__file__).parents[2]
-QUICKSTART = ROOT / "examples" / "quickstart"
-PROGRAM = runpy.run_path(str(QUICKSTART / "make.py"))
+from quickstart_commands import MADE, ROOT, made_by_quickstart, recipe, run
 
-
-def recipe() -> list[list[str]]:
-    """The commands of the Makefile's target, with this interpreter in place of the environment's."""
-    lines = (
-        (ROOT / "Makefile").read_text(encoding="utf-8").partition("\nquickstart: $(VENV)")[2].splitlines()[1:]
-    )
-    commands = [line.strip() for line in lines[: lines.index("")]]
-    python = f"{sys.executable} "
-    return [
-        command.replace("$(BIN)/python ", python).replace("$(BIN)/fiducial ", f"{python}-m fiducial ").split()
-        for command in commands
-    ]
+PROGRAM = runpy.run_path(str(ROOT / "examples" / "quickstart" / "make.py"))
 
 
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder in which the target was run, and what it printed."""
-    folder = tmp_path_factory.mktemp("clone")
-    (folder / "examples").symlink_to(ROOT / "examples")
-    printed = ""
-    for command in recipe():
-        done = subprocess.run(
-            command,
-            cwd=folder,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"},
-            capture_output=True,
-            encoding="utf-8",
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        printed += done.stdout
-    return folder / "outputs" / "quickstart", printed
+    """The folder in which the target was run, and what it printed from training on."""
+    made, folder = made_by_quickstart(tmp_path_factory), tmp_path_factory.mktemp("clone")
+    shutil.copytree(made, folder, symlinks=True, dirs_exist_ok=True)
+    printed = "".join(run(command, folder) for command in recipe()[1:])
+    return folder / MADE, printed
 
 
 def logged(output: Path) -> list[dict[str, Any]]:
