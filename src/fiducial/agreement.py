@@ -7,8 +7,8 @@ from torch import distributed as dist
 
 from fiducial.errors import FiducialError, TrainingError
 
-_GLOO_LOST = "Connection closed by peer"
-"""Gloo raises a bare RuntimeError."""
+_GLOO_LOST = ("Connection closed by peer", "Connection reset by peer")
+"""Gloo raises a bare RuntimeError; the second where the process ended with something of ours unread."""
 
 
 @contextmanager
@@ -37,7 +37,7 @@ def lost_process_explained() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not (isinstance(error, dist.DistError) or _GLOO_LOST in str(error)):
+        if not (isinstance(error, dist.DistError) or any(words in str(error) for words in _GLOO_LOST)):
             raise
         raise TrainingError(
             "Another process of this run ended in the middle of a step; what it printed says why. "
