@@ -12,7 +12,7 @@ from fiducial.data.tokenize import TokenizedGroup
 from fiducial.logps import Comparison
 from fiducial.losses import LOSSES, Loss
 from fiducial.training.objective import Objective
-from launching import torchrun
+from launching import two_processes
 from step_gradients import MADE_UP, MODIFIED, cut, gradient, groups_of_the_step, losses
 
 SCRIPT = Path(__file__).parents[1] / "step_gradients.py"
@@ -49,17 +49,17 @@ def test_every_loss_and_every_modifier_is_cut() -> None:
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+def together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     folder = tmp_path_factory.mktemp("two")
-    torchrun(SCRIPT, str(folder))
+    two_processes(SCRIPT, str(folder))
     found: dict[str, Tensor] = torch.load(folder / "gradients.pt", weights_only=True)
     return found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
-def test_two_processes(two_processes: dict[str, Tensor], name: str) -> None:
-    assert_same(two_processes[name], in_one_pass(name))
+def test_two_processes(together: dict[str, Tensor], name: str) -> None:
+    assert_same(together[name], in_one_pass(name))
 
 
 def test_a_loss_of_each_pass_alone_would_differ() -> None:

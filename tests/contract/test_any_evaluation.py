@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from evaluations import evaluate
-from launching import torchrun
+from launching import two_processes
 from step_gradients import groups_of_the_step, losses
 
 SCRIPT = Path(__file__).parents[1] / "evaluations.py"
@@ -33,18 +33,18 @@ def test_batches(tmp_path: Path, name: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
+def together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
     folder = tmp_path_factory.mktemp("two")
-    torchrun(SCRIPT, str(folder))
+    two_processes(SCRIPT, str(folder))
     found: dict[str, dict[str, float]] = torch.load(folder / "metrics.pt", weights_only=True)
     return found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
-def test_two_processes(tmp_path: Path, two_processes: dict[str, dict[str, float]], name: str) -> None:
+def test_two_processes(tmp_path: Path, together: dict[str, dict[str, float]], name: str) -> None:
     groups = groups_of_the_step(name)[:ROWS]
-    assert_same(two_processes[name], evaluate(tmp_path, ALL[name], groups, ROWS)[0])
+    assert_same(together[name], evaluate(tmp_path, ALL[name], groups, ROWS)[0])
 
 
 @pytest.mark.parametrize("name", TOLD_OF_THE_WHOLE)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fiducial.train import train
 from fiducial.training.callbacks import read_metrics_lines
-from launching import torchrun
+from launching import two_processes
 from run_configs import run_config
 from tiny import save_adapter, save_checkpoint
 
@@ -58,7 +58,7 @@ def settings(folder: Path, kind: str, output: str, **more: Any) -> dict[str, Any
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which two processes did every run: whole, broken off after step 4, and resumed."""
     folder = tmp_path_factory.mktemp("two")
     save_adapter(folder / "start", Path(settings(folder, "sharded", "whole")["base_model"]))
@@ -72,7 +72,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"settings": settings(folder, kind, "broken", **resume), "stop_after": None},
         ]
     (folder / "runs.json").write_text(json.dumps(runs), encoding="utf-8")
-    torchrun(WORKER, str(folder / "runs.json"))
+    two_processes(WORKER, str(folder / "runs.json"))
     return folder
 
 
@@ -88,8 +88,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_stopped_and_resumed_is_uninterrupted(two_processes: Path, kind: str) -> None:
-    whole, resumed = two_processes / kind / "whole", two_processes / kind / "broken"
+def test_stopped_and_resumed_is_uninterrupted(together: Path, kind: str) -> None:
+    whole, resumed = together / kind / "whole", together / kind / "broken"
     assert (resumed / "checkpoint-4").is_dir()
     assert [step for step, _ in losses(whole)] == [0, 1, 2, 3, 4, 6, 6]
     assert losses(resumed) == losses(whole)
@@ -102,23 +102,23 @@ def test_stopped_and_resumed_is_uninterrupted(two_processes: Path, kind: str) ->
     "ignore:Setting `save_embedding_layers`:UserWarning"
 )  # PEFT's, of a head's adapter
 @pytest.mark.parametrize("kind", [*ONE_PROCESS, *REFERENCES])
-def test_a_sharded_run_leaves_the_whole_model_of_one_process(two_processes: Path, kind: str) -> None:
-    together = two_processes / kind / "whole"
-    alone = settings(two_processes, kind, "alone", micro_batch_size=4)
+def test_a_sharded_run_leaves_the_whole_model_of_one_process(together: Path, kind: str) -> None:
+    sharded = together / kind / "whole"
+    alone = settings(together, kind, "alone", micro_batch_size=4)
     train({key: value for key, value in alone.items() if not key.startswith("fsdp_")})
-    expected, found = weights(two_processes / kind / "alone"), weights(together)
+    expected, found = weights(together / kind / "alone"), weights(sharded)
     assert set(found) == set(expected)
     assert all(found[name].shape == expected[name].shape for name in expected)
     assert max((found[name] - expected[name]).abs().max().item() for name in expected) < 1e-5
-    for (_, ours), (_, theirs) in zip(losses(together), losses(two_processes / kind / "alone"), strict=True):
+    for (_, ours), (_, theirs) in zip(losses(sharded), losses(together / kind / "alone"), strict=True):
         assert math.isclose(ours, theirs, rel_tol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ONE_PROCESS)
-def test_what_a_sharded_run_leaves_behind_loads_as_any_model(two_processes: Path, kind: str) -> None:
-    folder = two_processes / kind / "whole"
+def test_what_a_sharded_run_leaves_behind_loads_as_any_model(together: Path, kind: str) -> None:
+    folder = together / kind / "whole"
     if "adapter" in kind:
-        base = AutoModelForCausalLM.from_pretrained(two_processes / "base-llama")
+        base = AutoModelForCausalLM.from_pretrained(together / "base-llama")
         loaded: Any = PeftModel.from_pretrained(base, folder)
         held = {name.replace(".default", ""): value for name, value in loaded.named_parameters()}
     else:

@@ -1,7 +1,6 @@
 """Whole runs with something going wrong under them, killed or robbed of their cache: none ends otherwise."""
 
 import errno
-import multiprocessing
 import os
 import random
 import shutil
@@ -21,6 +20,7 @@ from fiducial import assembly
 from fiducial.errors import CacheError
 from fiducial.reference.cache.folder import RecordFolder
 from fiducial.train import train
+from forks import fork
 from run_configs import run_config
 
 KILLS = int(os.environ.get("FIDUCIAL_TEST_KILLS", "30"))
@@ -35,12 +35,8 @@ def quietly(settings: dict[str, Any]) -> None:
 
 
 def start(settings: dict[str, Any]) -> BaseProcess:
-    """A run in a process whose imports are made already, killed when the test ends."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fiducial.train", "run_configs"])
-    process = context.Process(target=quietly, args=(settings,), daemon=True)
-    process.start()
-    return process
+    """A run in a process of its own, killed when the test ends."""
+    return fork(quietly, settings)
 
 
 def wait_for(condition: Callable[[], bool], process: BaseProcess, seconds: float = 300) -> None:

@@ -12,7 +12,7 @@ from fiducial.errors import DataError
 from fiducial.evaluate import evaluate
 from fiducial.train import TrainResult, preprocess, train
 from fiducial.training.callbacks import Interrupted, read_metrics_lines
-from launching import torchrun
+from launching import two_processes
 from resuming import interrupt_after, left_behind
 from run_configs import run_config, write_labelled
 
@@ -140,12 +140,12 @@ def test_mismatched_completions_are_scored_once_and_kept(
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which two processes did the runs of `SPREAD`."""
     folder = tmp_path_factory.mktemp("two")
     runs = [{"settings": spread(folder, kind, size=2), "stop_after": None} for kind in SPREAD]
     (folder / "runs.json").write_text(json.dumps(runs), encoding="utf-8")
-    torchrun(WORKER, str(folder / "runs.json"))
+    two_processes(WORKER, str(folder / "runs.json"))
     return folder
 
 
@@ -173,18 +173,16 @@ def spread(folder: Path, kind: str, *, size: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", SPREAD)
-def test_two_processes_train_and_evaluate_as_one(tmp_path: Path, two_processes: Path, kind: str) -> None:
+def test_two_processes_train_and_evaluate_as_one(tmp_path: Path, together: Path, kind: str) -> None:
     alone = train(spread(tmp_path, "replicated", size=4))
-    together = [record for _, record in read_metrics_lines(two_processes / kind / "metrics.jsonl")]
+    logged = [record for _, record in read_metrics_lines(together / kind / "metrics.jsonl")]
 
     assert max(logs(alone, "kl")) > 1e-3
     assert max(logs(alone, "eval_kl")) > 1e-3
     for name in ("loss", "kl", "rewards/margins", "eval_loss", "eval_kl", "eval_rewards/margins"):
-        found = [line[name] for line in together if name in line]
+        found = [line[name] for line in logged if name in line]
         assert found == pytest.approx(logs(alone, name), rel=1e-4, abs=1e-5), name
-    weights, expected = (
-        load_file(at / "model.safetensors") for at in (two_processes / kind, alone.output_dir)
-    )
+    weights, expected = (load_file(at / "model.safetensors") for at in (together / kind, alone.output_dir))
     assert max((weights[name] - expected[name]).abs().max().item() for name in expected) < 1e-5
 
 

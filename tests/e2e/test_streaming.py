@@ -15,7 +15,7 @@ from fiducial.finished import from_folder
 from fiducial.reference.kept import Kept
 from fiducial.train import TrainResult, train
 from fiducial.training.callbacks import Interrupted, read_metrics_lines
-from launching import torchrun
+from launching import two_processes
 from resuming import interrupt_after
 from run_configs import run_config
 from tiny import save_adapter, save_checkpoint
@@ -104,7 +104,7 @@ def test_two_processes_read_disjoint_rows_and_resume_exactly(tmp_path: Path) -> 
         {"settings": broken | {"auto_resume_from_checkpoints": True}, "stop_after": None},
     ]
     (tmp_path / "runs.json").write_text(json.dumps(runs), encoding="utf-8")
-    torchrun(WORKER, str(tmp_path / "runs.json"))
+    two_processes(WORKER, str(tmp_path / "runs.json"))
     run(tmp_path, "alone", rows=13, micro_batch_size=4, **options)
     whole, resumed, alone = (weights(tmp_path / name) for name in ("whole", "broken", "alone"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)

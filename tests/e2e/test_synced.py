@@ -16,7 +16,7 @@ from fiducial.reference.kinds import Sync
 from fiducial.reference.moving import STATE_FILE, ModelFollower
 from fiducial.train import train
 from fiducial.training.callbacks import Interrupted
-from launching import torchrun
+from launching import two_processes
 from resuming import interrupt_after, left_behind
 from run_configs import run_config
 from tiny import tiny_model
@@ -182,7 +182,7 @@ def test_records_of_the_version_that_stands_are_kept_for_a_resume(
 def test_two_processes_share_a_window(tmp_path: Path) -> None:
     half = run(tmp_path, SOFT, micro_batch_size=2, optimizer="sgd", output_dir=str(tmp_path / "two"))
     (tmp_path / "runs.json").write_text(json.dumps([{"settings": half, "stop_after": None}]))
-    torchrun(Path(__file__).parents[1] / "run_worker.py", str(tmp_path / "runs.json"))
+    two_processes(Path(__file__).parents[1] / "run_worker.py", str(tmp_path / "runs.json"))
     train(run(tmp_path, SOFT, optimizer="sgd"))
     (_, two), (_, one) = left_behind(tmp_path / "two"), left_behind(tmp_path / "out")
     assert max((two[name] - one[name]).abs().max().item() for name in one) < 1e-5

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fiducial.agreement import all_or_none
-from launching import torchrun
+from launching import two_processes
 
 WORKER = Path(__file__).parents[1] / "agreement_worker.py"
 
@@ -20,7 +20,7 @@ def test_one_process_fails_as_it_would_anyway() -> None:
 
 @pytest.mark.slow
 def test_every_process_ends_with_the_failure_of_one(tmp_path: Path) -> None:
-    torchrun(WORKER, str(tmp_path), timeout=120)
+    two_processes(WORKER, str(tmp_path), timeout=120)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first["nobody"] is second["nobody"] is None
     assert first["user"] == ["TrainingError", "process 1 failed: log-probs are not finite"]

@@ -1,6 +1,5 @@
 """Killed at any moment, a scoring pass goes on: no record is lost that was written, none is wrong."""
 
-import multiprocessing
 import os
 import random
 import time
@@ -15,6 +14,7 @@ from fiducial.model.scoring import Scorer
 from fiducial.reference.cache import LogpStore, score_reference
 from fiducial.reference.identity import Identity
 from fiducial.reference.sources import InitialPolicy
+from forks import fork
 from tiny import random_groups, tiny_model
 
 IDENTITY = Identity("base", "0", "float32", "None")
@@ -56,12 +56,8 @@ def score(folder: Path, log: Path, seconds: float = 0.0, waits_in: int = 0) -> L
 
 
 def start(folder: Path, log: Path, seconds: float = 0.0, waits_in: int = 0) -> BaseProcess:
-    """A scoring process whose imports are made already, killed when the test ends."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fiducial.reference.sources", "fiducial.reference.cache.scoring", "tiny"])
-    process = context.Process(target=score, args=(folder, log, seconds, waits_in), daemon=True)
-    process.start()
-    return process
+    """A scoring process, killed when the test ends."""
+    return fork(score, folder, log, seconds, waits_in)
 
 
 def passes(log: Path) -> list[tuple[str, ...]]:

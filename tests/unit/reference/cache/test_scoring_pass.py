@@ -1,6 +1,5 @@
 """The pass that fills a store: what it scores, in which passes, and what an interruption costs."""
 
-import multiprocessing
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from fiducial.reference.cache import LogpStore, score_reference, scoring
 from fiducial.reference.cache.passes import cut_passes, look_up, take
 from fiducial.reference.identity import Identity
 from fiducial.reference.sources import InitialPolicy, Precomputed
+from forks import CONTEXT, fork
 from oracles import naive_token_logps
 from tiny import random_groups, tiny_model
 
@@ -272,7 +272,6 @@ def test_records_that_another_machine_kept_to_itself_are_missed(tmp_path: Path) 
 
 
 def _score_as(rank: int, folder: Path, results) -> None:
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     groups, scorer = random_groups(5), policy()
     store, counting = LogpStore(folder / "store", IDENTITY), Counting(scorer)
@@ -283,11 +282,8 @@ def _score_as(rank: int, folder: Path, results) -> None:
 
 @pytest.mark.slow
 def test_two_processes_share_the_work_and_see_all_of_it(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    workers = [context.Process(target=_score_as, args=(rank, tmp_path, results)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
+    results = CONTEXT.Queue()
+    workers = [fork(_score_as, rank, tmp_path, results) for rank in range(2)]
     (_, first, seen), (_, second, also_seen) = sorted(results.get(timeout=120) for _ in workers)
     for worker in workers:
         worker.join()
