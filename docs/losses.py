@@ -17,7 +17,7 @@ from fiducial.config.methods import METHODS, MethodConfig, MixtureConfig
 from fiducial.config.methods.dpo import MODIFIERS
 from fiducial.logps import Comparison, Completions, SequenceLogps
 from fiducial.loss_table import allowed, default, yaml_key
-from fiducial.losses import LOSSES, build_loss
+from fiducial.losses import LOSSES, Loss, build_loss
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "losses.md"
@@ -76,9 +76,9 @@ def _hyperparameters(method: type[MethodConfig]) -> list[str]:
 
 
 def _svg(method: type[MethodConfig]) -> str:
-    beta = getattr(method(), "beta", 1.0) or 1.0
+    loss, beta = build_loss(method()), getattr(method(), "beta", 1.0) or 1.0
     scaled = [step / 10 for step in range(-50, 51)]
-    values = [_value(method, each / beta) for each in scaled]
+    values = [_value(method, loss, each / beta) for each in scaled]
     low, high = min(values), max(values)
     spread = (high - low) or 1.0
 
@@ -108,9 +108,8 @@ def _svg(method: type[MethodConfig]) -> str:
     )
 
 
-def _value(method: type[MethodConfig], margin: float) -> float:
+def _value(method: type[MethodConfig], loss: Loss, margin: float) -> float:
     """The loss of one pair (or what stands for it) whose log-ratios are half the margin up and down."""
-    loss = build_loss(method())
     ratios = [margin / 2, -margin / 2]
     if method.num_completions == 3:
         ratios = [0.0, *ratios]

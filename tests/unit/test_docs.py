@@ -26,6 +26,14 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 LANGUAGES = {"bash", "yaml", "python", "text"}
 
 
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint and local pairs, which planning only reads."""
+    folder = tmp_path_factory.mktemp("planned")
+    make_workspace(folder)
+    return folder
+
+
 @pytest.fixture
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory: `run.yaml` is the README's, on a tiny checkpoint and local pairs."""
@@ -47,7 +55,8 @@ def test_example_is_loaded_without_notes(example: Path) -> None:
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_example_is_planned(example: Path, workspace: Path) -> None:
+def test_example_is_planned(example: Path, planned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(planned)
     settings = yaml.safe_load(example.read_text(encoding="utf-8"))
 
     report = plan_run(validate_config(localised(settings)))
@@ -157,7 +166,9 @@ def test_the_readmes_plan_and_tree_are_what_they_are_made_from() -> None:
     assert made.splitlines() == README.splitlines(), "run: make docs"
 
 
-def test_the_page_of_losses_and_its_plots_are_what_they_are_made_from() -> None:
+def test_the_page_of_losses_and_its_plots_are_what_they_are_made_from(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     made = runpy.run_path(str(ROOT / "docs" / "losses.py"))
 
     assert (ROOT / "docs" / "losses.md").read_text(encoding="utf-8") == made["page"](), "run: make docs"
