@@ -32,12 +32,12 @@ LORA = {"adapter": "lora", "lora_r": 8, "lora_target_linear": True}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """34M parameters, and two pairs that fill a pass of 2,048 tokens."""
+    """21M parameters, and two pairs that fill a pass of 2,048 tokens."""
     folder = tmp_path_factory.mktemp("memory")
     config = LlamaConfig(
         hidden_size=512,
         intermediate_size=1408,
-        num_hidden_layers=8,
+        num_hidden_layers=4,
         num_attention_heads=8,
         vocab_size=16_000,
         tie_word_embeddings=True,

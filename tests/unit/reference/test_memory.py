@@ -199,7 +199,7 @@ def test_a_second_head_beside_it_takes_what_the_formula_says(
     adapter: AdapterConfig | None, tmp_path: Path
 ) -> None:
     vocabulary = {"vocab_size": 8192}
-    policy, groups = tiny_policy(adapter, **vocabulary), random_groups(20, longest=60)
+    policy, groups = tiny_policy(adapter, **vocabulary), random_groups(10, longest=60)
     second = Scorer(tiny_model("llama", seed=1, **SIZES, **FAMILY["llama"], **vocabulary), layout="packed")
     checkpoint = save_checkpoint(tmp_path / "wide", "llama", **SIZES, **FAMILY["llama"], **vocabulary)
     cfg = run_config(checkpoint, adapter=adapter)
