@@ -55,6 +55,10 @@ def use_one_device(args: TrainingArguments) -> None:
 def enable_gradient_checkpointing(model: nn.Module, options: dict[str, Any]) -> None:
     """Keep only each layer's input for backward and recompute the rest.
 
+    transformers also asks for gradients of the embeddings' output, without which reentrant checkpoints have
+    none at all. Others do well without, and would run the layers below the lowest trained weight again, and
+    back, for nothing.
+
     transformers renamed the method, and warns about the old name from the release that has the new one. Can
     go when that release is the oldest supported
     (https://github.com/huggingface/transformers/blob/main/src/transformers/modeling_utils.py).
@@ -64,6 +68,8 @@ def enable_gradient_checkpointing(model: nn.Module, options: dict[str, Any]) -> 
         call.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:
         call.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    if not options.get("use_reentrant", True):
+        call.disable_input_require_grads()
 
 
 @contextmanager

@@ -178,6 +178,21 @@ def test_recomputed_layers_see_the_same_segments(family: str, reentrant: bool) -
     assert model.config._attn_implementation != PACKED
 
 
+def test_layers_below_what_trains_are_not_run_again() -> None:
+    model = tiny_model(num_hidden_layers=3)
+    model.requires_grad_(False)
+    model.model.layers[1].requires_grad_(True)
+    counted = []
+    for number, layer in enumerate(model.model.layers):
+        layer.self_attn.register_forward_pre_hook(lambda *_, at=number: counted.append(at))
+    enable_gradient_checkpointing(model.train(), {"use_reentrant": False})
+    scorer = Scorer(model, layout="padded")
+    scorer(scorer.pack(random_groups(1)))  # measures the head
+    counted.clear()
+    scorer(scorer.pack(random_groups(1))).values.sum().backward()
+    assert sorted(counted) == [0, 1, 1, 2, 2]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_autocast_errs_no_more_than_the_stock_model(family: str) -> None:
     model, groups = tiny_model(family), random_groups(6, seed=1)
