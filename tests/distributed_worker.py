@@ -20,7 +20,9 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from fiducial.config.methods import TDPO2Config
+from fiducial.model.loader import unfreeze
 from fiducial.model.scoring import Scorer
+from fiducial.reference.one_pass import on_trunk
 from fiducial.reference.sources import AdapterOff, Reference, SeparateModel
 from fiducial.train import train
 from fiducial.training.trainer import PreferenceTrainer
@@ -74,7 +76,7 @@ def main(folder: Path, mode: str, budget: int, rows: int) -> None:
         layout="packed",
         callbacks=[gradients],
         method=TDPO2Config() if "tdpo" in mode else None,
-        live=live_reference(mode) if "tdpo" in mode else None,
+        live=live_reference(mode) if "tdpo" in mode or "trunk" in mode else None,
         per_device_train_batch_size=4 // processes,
         per_device_eval_batch_size=2,
         max_steps=3,
@@ -104,7 +106,15 @@ def live_reference(mode: str) -> Callable[[Scorer], Reference]:
     """The adapter switched off, or a model of its own that is not sharded."""
     if "lora" in mode:
         return AdapterOff
+    if "trunk" in mode:
+        return on_lowest_layer
     return lambda scorer: SeparateModel(Scorer(tiny_model(seed=1), layout=scorer.layout))
+
+
+def on_lowest_layer(scorer: Scorer) -> Reference:
+    """The start again, as far as it is not the policy's own frozen layer."""
+    second = Scorer(tiny_model(), layout=scorer.layout)
+    return on_trunk(SeparateModel(second), second, scorer, 1, random_groups(2), tolerance=1e-5)
 
 
 def run_settings(folder: Path) -> dict[str, Any]:
@@ -122,6 +132,8 @@ def whole_run(folder: Path) -> None:
 
 def policy(mode: str) -> Any:
     model = tiny_model(tie_word_embeddings="tied" in mode)
+    if "trunk" in mode:
+        unfreeze(model, (r"model\.layers\.1\.",), torch.float32)
     if "lora" not in mode:
         return model
     torch.manual_seed(0)

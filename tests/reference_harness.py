@@ -6,13 +6,15 @@ import torch
 from torch import Tensor
 
 from fiducial.config.schema import RunConfig
+from fiducial.model.held_once import share_frozen_weights
 from fiducial.model.loader import ModelLoader
 from fiducial.model.scoring import Scorer
 from fiducial.reference.cache import LogpStore, score_reference
 from fiducial.reference.fingerprint import identify
 from fiducial.reference.named_adapter import put_named_adapter, take_named_adapter
+from fiducial.reference.one_pass import beside_policy, on_trunk
 from fiducial.reference.plan import ReferencePlan, Schedule, Source
-from fiducial.reference.sources import Reference, build_reference, build_scoring_reference
+from fiducial.reference.sources import LiveReference, Reference, build_reference, build_scoring_reference
 from tiny import random_groups, tiny_tokenizer
 
 GROUPS = random_groups(4)
@@ -33,8 +35,15 @@ def second_model(cfg: RunConfig, plan: ReferencePlan) -> Scorer | None:
 def reference_by_plan(plan: ReferencePlan, cfg: RunConfig, policy: Scorer, folder: Path) -> Reference:
     second = second_model(cfg, plan)
     put_named_adapter(plan, policy.model, pickle=False)
+    if plan.frozen_held_once:
+        assert second is not None
+        share_frozen_weights(policy.model, second.model)
     if plan.schedule is Schedule.LIVE:
-        return build_reference(plan, policy, second)
+        live = build_reference(plan, policy, second)
+        if not plan.shared_layers:
+            return live
+        assert isinstance(live, LiveReference)
+        return on_trunk(live, second or policy, policy, plan.shared_layers, GROUPS, tolerance=0)
     store = LogpStore(folder, identify(plan, second or policy))
     source = build_scoring_reference(plan, policy, second)
     score_reference(GROUPS, source, second or policy, store, token_budget=96)
@@ -53,8 +62,9 @@ def train(policy: Scorer, reference: Reference, steps: int = 3) -> None:
     optimizer = torch.optim.AdamW(parameters, lr=1e-2)
     for _ in range(steps):
         batch = policy.pack(GROUPS)
-        compared = reference.token_logps(batch)
-        ratios = policy(batch).reduce().sum - compared.reduce().sum
+        with beside_policy(reference, batch) as compared:
+            scored = policy(batch)
+        ratios = scored.reduce().sum - compared().reduce().sum
         margins = ratios[0::2] - ratios[1::2]
         (-torch.nn.functional.logsigmoid(0.1 * margins).mean()).backward()
         optimizer.step()

@@ -16,6 +16,7 @@ from fiducial.agreement import all_or_none
 from fiducial.data.dataset import TokenizedDataset
 from fiducial.data.prepare import PreparedData
 from fiducial.data.tokenize import TokenizedGroup
+from fiducial.errors import ModelError
 from fiducial.loading import (
     Policy,
     Run,
@@ -29,6 +30,7 @@ from fiducial.loading import (
 )
 from fiducial.logps import ENTROPY
 from fiducial.losses import build_loss
+from fiducial.model.held_once import share_frozen_weights
 from fiducial.model.scoring import Scorer
 from fiducial.reference.approximation import Approximation, measure_approximation
 from fiducial.reference.cache import LogpStore
@@ -41,9 +43,11 @@ from fiducial.reference.kinds import Source
 from fiducial.reference.moving import Follower, build_follower
 from fiducial.reference.named_adapter import put_named_adapter, take_named_adapter
 from fiducial.reference.noise import same_arithmetic
+from fiducial.reference.one_pass import on_trunk
 from fiducial.reference.predicted import identify_loaded
 from fiducial.reference.sources import (
     InitialPolicy,
+    LiveReference,
     NoReference,
     Precomputed,
     Reference,
@@ -202,7 +206,7 @@ def prove(
     groups = typical_groups(run.data.sample if on is None else on)
     if run.plan.source is Source.ADAPTER_OFF:
         require_adapter_off(policy.scorer, groups)
-    second = None if run.precomputes else load_second_model(run, device)
+    second = None if run.precomputes else _second_model(run, policy, device)
     if not run.precomputes:
         with all_or_none():
             put_named_adapter(run.plan, policy.model, pickle=run.cfg.model.allow_pickle_weights)
@@ -228,6 +232,8 @@ def prove(
         pass_tokens=policy.micro_batch_tokens,
         known_noise=0.0 if ahead is None else ahead.noise,
     )
+    scorer, tolerance = second or policy.scorer, proof.tolerance
+    reference = _in_one_pass(run, policy, reference, scorer, groups=groups, tolerance=tolerance)
     if run.plan.kept and not run.precomputes:
         assert identity is not None, "records are written through"
         reference = _kept(run, policy, reference, second, _open_store(run, identity))
@@ -235,6 +241,15 @@ def prove(
     if run.plan.sync is not None:
         follower = build_follower(policy.model, None if second is None else second.model, run.plan.sync)
     return ProvedReference(reference, groups, proof, identity, follower, approximation)
+
+
+def _second_model(run: Run, policy: Policy, device: torch.device) -> Scorer | None:
+    """The model beside the policy, if there is one, with the policy's own tensors as far as planned."""
+    second = load_second_model(run, device)
+    if second is not None and run.plan.frozen_held_once:
+        share_frozen_weights(policy.model, second.model)
+        _free()
+    return second
 
 
 def _measured(
@@ -283,6 +298,26 @@ def _open_store(run: Run, identity: Identity) -> LogpStore:
 
 def _store_of(run: Run, identity: Identity) -> LogpStore:
     return open_store(run.cfg, identity, tell=lambda sentence: warn(run.console, sentence))
+
+
+def _in_one_pass(
+    run: Run,
+    policy: Policy,
+    reference: Reference,
+    scorer: Scorer,
+    *,
+    groups: list[TokenizedGroup],
+    tolerance: float,
+) -> Reference:
+    """`reference` on the layers it shares with the policy; as it is where there are none."""
+    if not run.plan.shared_layers:
+        return reference
+    assert isinstance(reference, LiveReference), "only a live reference shares a pass"
+    try:
+        return on_trunk(reference, scorer, policy.scorer, run.plan.shared_layers, groups, tolerance=tolerance)
+    except ModelError as error:
+        warn(run.console, f"{error} Each has a pass of its own.")
+        return reference
 
 
 def _kept(run: Run, policy: Policy, live: Reference, second: Scorer | None, store: LogpStore) -> Kept:

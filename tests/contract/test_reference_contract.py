@@ -24,6 +24,11 @@ from reference_harness import GROUPS, answers, furthest, load_policy, reference_
 from tiny import save_adapter, save_checkpoint
 
 LORA: dict[str, Any] = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True}
+UPPER_LAYER = LORA | {
+    "lora_target_linear": None,
+    "lora_target_modules": ["q_proj", "down_proj"],
+    "peft_layers_to_transform": [1],
+}
 
 SAME = 1e-4
 """Nats a token that the shape of the batch can change; in one shape every source is at 0."""
@@ -38,18 +43,30 @@ class Kind:
     live: Source
     precomputed: Source
     base: str = "llama"
+    shares: int = 0
+    """Layers that a live reference has computed by the policy's pass."""
 
 
 KINDS: dict[str, Kind] = {
     "full": Kind({}, Source.SEPARATE_MODEL, Source.INITIAL_POLICY),
     "full, some frozen": Kind(
-        {"unfrozen_parameters": [r"model\.layers\.1\."]}, Source.SEPARATE_MODEL, Source.INITIAL_POLICY
+        {"unfrozen_parameters": [r"model\.layers\.1\."]},
+        Source.SEPARATE_MODEL,
+        Source.INITIAL_POLICY,
+        shares=1,
     ),
     "lora": Kind(LORA, Source.ADAPTER_OFF, Source.ADAPTER_OFF),
     "lora, separate copy": Kind(
         LORA | {"rl_adapter_ref_model": True}, Source.SEPARATE_MODEL, Source.SEPARATE_MODEL
     ),
     "lora with dropout": Kind(LORA | {"lora_dropout": 0.3}, Source.ADAPTER_OFF, Source.ADAPTER_OFF),
+    "lora, upper layer": Kind(UPPER_LAYER, Source.ADAPTER_OFF, Source.ADAPTER_OFF, shares=1),
+    "random start, upper layer": Kind(
+        UPPER_LAYER | {"peft_init_lora_weights": False},
+        Source.FROZEN_ADAPTER,
+        Source.INITIAL_POLICY,
+        shares=1,
+    ),
     "rslora": Kind(LORA | {"peft_use_rslora": True}, Source.ADAPTER_OFF, Source.ADAPTER_OFF),
     "dora": Kind(LORA | {"peft_use_dora": True}, Source.ADAPTER_OFF, Source.ADAPTER_OFF),
     "pissa": Kind(
@@ -107,6 +124,7 @@ def test_the_planned_reference_is_the_starting_policy(
     cfg = configure(checkpoints, kind, schedule)
     plan = plan_reference(cfg, gather_facts(cfg))
     assert (plan.source, plan.schedule) == (getattr(kind, schedule.value), schedule)
+    assert plan.shared_layers == (kind.shares if schedule is Schedule.LIVE else 0)
     policy = load_policy(cfg)
     separate = SeparateModel(Scorer(copy.deepcopy(policy.model), layout="packed"))
     start = answers(separate, policy)

@@ -12,7 +12,17 @@ from launching import torchrun
 
 WORKER = Path(__file__).parents[1] / "distributed_worker.py"
 TDPO = ("tdpo-full", "tdpo-full-fsdp2", "tdpo-tied-fsdp2", "tdpo-lora-fsdp2")
-MODES = ("full", "lora", "mean-per-process", "full-fsdp2", "tied-fsdp2", "lora-fsdp2", *TDPO)
+MODES = (
+    "full",
+    "lora",
+    "mean-per-process",
+    "full-fsdp2",
+    "tied-fsdp2",
+    "lora-fsdp2",
+    "trunk",
+    "trunk-fsdp2",
+    *TDPO,
+)
 BUDGET = 60  # the processes need different numbers of micro-batches
 ROWS = 9  # steps of 4, 4 and 1: in the last one the second process has nothing
 

@@ -29,6 +29,8 @@ print("RECORD", json.dumps(result.record))
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 LORA = {"adapter": "lora", "lora_r": 8, "lora_target_linear": True}
 
+UPPER = {"unfrozen_parameters": [r"model\.layers\.[4567]\."], "reference": {"schedule": "live"}}
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -54,7 +56,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's high-water mark")
-@pytest.mark.parametrize(("settings", "allocator"), [({}, {}), (LORA, GIVE_BACK)], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("settings", "allocator"),
+    [({}, {}), (LORA, GIVE_BACK), (UPPER, GIVE_BACK)],
+    ids=["full", "lora", "upper layers beside a reference"],
+)
 def test_the_predicted_peak_is_the_measured_one(
     settings: dict[str, Any], allocator: dict[str, str], folder: Path, tmp_path: Path
 ) -> None:

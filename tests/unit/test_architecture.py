@@ -46,6 +46,7 @@ LAYERS = {
     "fiducial.reference.checkpoint_weights": 6,
     "fiducial.reference.fill": 6,
     "fiducial.reference.kept": 6,
+    "fiducial.reference.one_pass": 6,
     "fiducial.reference.predicted": 6,
     "fiducial.reference.spot_check": 6,
     "fiducial.reference.setup": 6,

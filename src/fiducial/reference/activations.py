@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from fiducial.config.schema import RunConfig
 from fiducial.reference.facts import Facts
 from fiducial.reference.precision import BYTES, HeldPrecision
-from fiducial.reference.trained import target_weights
+from fiducial.reference.trained import target_weights, untrained_layers
 
 HEAD_KEPT_BYTES = 256 * 2**20
 """Logits a trained head holds from forward to backward (`model.head` has the same number)."""
@@ -47,9 +47,10 @@ def stored_bytes_per_token(cfg: RunConfig, facts: Facts, precision: HeldPrecisio
     sizes = facts.model.sizes
     layer = _layer_bytes(cfg, facts, precision)
     final_norm = sizes.hidden * (4 + precision.residual)
+    layers = sizes.layers - untrained_layers(cfg, facts)  # backward does not go down to those
     if cfg.model.gradient_checkpointing:
-        return sizes.layers * sizes.hidden * precision.residual + final_norm
-    return sizes.layers * layer + final_norm
+        return layers * sizes.hidden * precision.residual + final_norm
+    return layers * layer + final_norm
 
 
 @dataclass(frozen=True, slots=True)

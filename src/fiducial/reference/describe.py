@@ -105,6 +105,8 @@ def _reference(plan: ReferencePlan) -> Report:
         },
         "equals_starting_policy": plan.equals_starting_policy,
         "approximate": plan.approximate,
+        "shared_layers": plan.shared_layers,
+        "frozen_held_once": plan.frozen_held_once,
         "why": plan.why,
         "notes": list(plan.notes),
     }

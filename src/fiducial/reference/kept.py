@@ -18,6 +18,7 @@ from fiducial.reference.cache import LogpStore
 from fiducial.reference.cache.home import Tell
 from fiducial.reference.cache.processes import any_process
 from fiducial.reference.cache.scoring import FLUSH_SECONDS, put_logps
+from fiducial.reference.one_pass import Answer, BesidePolicy
 from fiducial.reference.sources import Precomputed, Reference
 
 
@@ -50,14 +51,30 @@ class Kept:
         Raises:
             TrainingError: A log-prob is not finite.
         """
-        wanted = [lacking for group in batch.groups if (lacking := self.store.missing(group)) is not None]
+        wanted = self._wanted(batch)
         # A sharded model needs every process in each of its passes, with an empty batch if need be.
         if any_process(bool(wanted), batch.target.device):
             self._score(wanted, batch)
-        answer = Precomputed(self.store).token_logps(batch)
-        if time.monotonic() - self._written > self._flush_seconds:
-            self.write()
-        return answer
+        return self._read(batch)
+
+    @contextmanager
+    def beside_policy(self, batch: PackedBatch) -> Iterator[Answer]:
+        """Inside, the policy scores `batch`, which `live` may look at if it must score all of it.
+
+        Raises:
+            TrainingError: A log-prob is not finite.
+        """
+        wanted = self._wanted(batch)
+        if not any_process(bool(wanted), batch.target.device):
+            logps = self._read(batch)
+            yield lambda: logps
+        elif isinstance(self.live, BesidePolicy) and _is_all(wanted, batch):
+            with self.live.beside_policy(batch) as answer:
+                yield lambda: self._kept(wanted, answer(), batch)
+        else:
+            self._score(wanted, batch)
+            logps = self._read(batch)
+            yield lambda: logps
 
     def write(self) -> None:
         """Write what is new, and read what others have written.
@@ -75,12 +92,30 @@ class Kept:
             self.store.forget_unwritten()
         self._written = time.monotonic()
 
+    def _wanted(self, batch: PackedBatch) -> list[TokenizedGroup]:
+        return [lacking for group in batch.groups if (lacking := self.store.missing(group)) is not None]
+
     def _score(self, wanted: list[TokenizedGroup], batch: PackedBatch) -> None:
-        whole = sum(len(group.completions) for group in wanted) == batch.num_sequences
-        asked = batch if whole else self.policy.pack(wanted).to(batch.target.device)
-        logps = self.live.token_logps(asked)
+        asked = batch if _is_all(wanted, batch) else self.policy.pack(wanted).to(batch.target.device)
+        self._keep(wanted, self.live.token_logps(asked))
+
+    def _keep(self, wanted: list[TokenizedGroup], logps: TokenLogps | None) -> None:
         assert logps is not None, "there is no reference to keep"
         self.scored += put_logps(wanted, logps, self.store, self.policy)
+
+    def _kept(self, wanted: list[TokenizedGroup], logps: TokenLogps | None, batch: PackedBatch) -> TokenLogps:
+        self._keep(wanted, logps)
+        return self._read(batch)
+
+    def _read(self, batch: PackedBatch) -> TokenLogps:
+        answer = Precomputed(self.store).token_logps(batch)
+        if time.monotonic() - self._written > self._flush_seconds:
+            self.write()
+        return answer
+
+
+def _is_all(wanted: list[TokenizedGroup], batch: PackedBatch) -> bool:
+    return sum(len(group.completions) for group in wanted) == batch.num_sequences
 
 
 @contextmanager

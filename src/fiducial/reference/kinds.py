@@ -101,6 +101,12 @@ class ReferencePlan:
     """Whether a reference beside the policy scores a row once, and keeps it for as long as it stands still:
     streamed rows in the cache, those of a reference that moves in the run's own folder until it does."""
 
+    shared_layers: int = 0
+    """How many of the lowest layers a live reference has computed by the policy's own pass."""
+
+    frozen_held_once: bool = False
+    """Whether a second model holds only the weights that are trained, and shares the others."""
+
     def __post_init__(self) -> None:
         assert (self.schedule is Schedule.SYNCED) == (self.sync is not None)
         assert self.schedule in VALID[self.source], (self.source, self.schedule)

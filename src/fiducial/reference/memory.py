@@ -197,11 +197,13 @@ def _second_model(
     when: When = "scoring" if plan.schedule is Schedule.PRECOMPUTED else "throughout"
     on_cpu = precision.gpu and cfg.reference.device == "cpu"
     whole = _model_bytes(model, held, reference_bits(cfg))
+    if plan.frozen_held_once:
+        whole = count_trained(cfg, facts).base * BYTES[held]
     if cfg.reference.offload is not None:
         return _offloaded(cfg, model, whole, BYTES[held], when)
     parts = [MemoryPart("reference model", whole, when, on_cpu=on_cpu)]
     if plan.sync is not None and not plan.sync.copies and BYTES[held] < BYTES["float32"]:
-        average = facts.model.num_parameters * BYTES["float32"]
+        average = count_trained(cfg, facts).base * BYTES["float32"]
         parts.append(MemoryPart("reference average (float32)", average, when, on_cpu=on_cpu))
     return parts
 
@@ -269,20 +271,25 @@ def _reference_line(cfg: RunConfig, facts: Facts, plan: ReferencePlan, precision
     if plan.source is Source.ENDPOINT:
         return "reference: no weights here; a server holds them"
     if plan.source is Source.SEPARATE_MODEL:
-        model = facts.reference or facts.model
-        where = " on the CPU" if cfg.reference.device == "cpu" else ""
-        if cfg.reference.offload is not None:
-            where = f", its layers kept {_KEPT[cfg.reference.offload]} until they compute"
-        kind = _kind(reference_bits(cfg), cfg.reference.dtype or precision.weights)
-        return (
-            f"reference: a second model of {_count(model.num_parameters)} weights in {kind}{where}, {until}"
-        )
+        return f"reference: {_second_model_line(cfg, facts, plan, precision)}, {until}"
     if plan.source is Source.FROZEN_ADAPTER and not plan.equals_starting_policy:
         return f"reference: the base with the adapter {cfg.reference.adapter}, {until}"
     if plan.source is Source.FROZEN_ADAPTER and plan.schedule is not Schedule.PRECOMPUTED:
         adapter = count_trained(cfg, facts).adapter
         return f"reference: a frozen copy of the adapter, {_count(adapter)} weights, throughout"
     return "reference: no weights of its own"
+
+
+def _second_model_line(cfg: RunConfig, facts: Facts, plan: ReferencePlan, precision: HeldPrecision) -> str:
+    kind = _kind(reference_bits(cfg), cfg.reference.dtype or precision.weights)
+    if plan.frozen_held_once:
+        trained = _count(count_trained(cfg, facts).base)
+        return f"the {trained} weights that are trained a second time in {kind}, the others are the policy's"
+    where = " on the CPU" if cfg.reference.device == "cpu" else ""
+    if cfg.reference.offload is not None:
+        where = f", its layers kept {_KEPT[cfg.reference.offload]} until they compute"
+    weights = _count((facts.reference or facts.model).num_parameters)
+    return f"a second model of {weights} weights in {kind}{where}"
 
 
 def _kind(bits: Bits | None, dtype: str) -> str:

@@ -12,6 +12,7 @@ from fiducial.reference.facts import Facts
 from fiducial.reference.holding import why_approximate
 from fiducial.reference.idle import refuse_idle_cache, refuse_idle_holding
 from fiducial.reference.kinds import VALID, Checkpoint, ReferencePlan, Schedule, Source, Sync
+from fiducial.reference.shared import holds_frozen_once, shared_layers
 from fiducial.reference.start import (
     adapter_starts_at_identity,
     frozen_copy_is_start,
@@ -139,16 +140,19 @@ def possible_plans(cfg: RunConfig, facts: Facts) -> tuple[ReferencePlan, ...]:
 
 
 def _described(cfg: RunConfig, facts: Facts, source: Source, schedule: Schedule) -> ReferencePlan:
+    why, shared = reasons.why(cfg, facts, source, schedule), shared_layers(cfg, facts, source, schedule)
     return ReferencePlan(
         source,
         schedule,
         _checkpoint(cfg),
-        reasons.why(cfg, facts, source, schedule),
+        why if shared is None else f"{why} {shared.why}",
         reasons.notes(cfg, facts, source),
         equals_starting_policy=not names_another_policy(cfg),
         approximate=why_approximate(cfg, source),
         sync=_sync(cfg) if schedule is Schedule.SYNCED else None,
         writes_through=writes_through(cfg, schedule),
+        shared_layers=0 if shared is None else shared.layers,
+        frozen_held_once=holds_frozen_once(cfg, source, schedule),
     )
 
 

@@ -5,6 +5,7 @@ from fiducial.reference.facts import Facts
 from fiducial.reference.holding import why_approximate
 from fiducial.reference.kinds import Schedule, Source
 from fiducial.reference.precision import sees_gpu
+from fiducial.reference.shared import holds_frozen_once
 from fiducial.reference.start import (
     names_another_policy,
     reads_distributions,
@@ -134,7 +135,7 @@ def _named(cfg: RunConfig) -> str:
 def _moment(cfg: RunConfig, source: Source, schedule: Schedule) -> str:
     if schedule is Schedule.PRECOMPUTED:
         return _ahead(cfg, source)
-    held = "the adapter that was named is held" if _stands_beside(cfg, source) else _HELD[source]
+    held = _held(cfg, source, schedule)
     if schedule is Schedule.SYNCED:
         return f"{_while_it_moves(cfg)} {held[0].upper()}{held[1:]}."
     if writes_through(cfg, schedule):
@@ -148,9 +149,12 @@ def _moment(cfg: RunConfig, source: Source, schedule: Schedule) -> str:
     return f"It is scored at every step ({cause}); {held}."
 
 
-def _stands_beside(cfg: RunConfig, source: Source) -> bool:
-    """Whether another adapter than the run's own is held on its base."""
-    return source is Source.FROZEN_ADAPTER and names_another_policy(cfg)
+def _held(cfg: RunConfig, source: Source, schedule: Schedule) -> str:
+    if source is Source.FROZEN_ADAPTER and names_another_policy(cfg):
+        return "the adapter that was named is held"
+    if holds_frozen_once(cfg, source, schedule):
+        return "the weights that are trained are held a second time"
+    return _HELD[source]
 
 
 def _ahead(cfg: RunConfig, source: Source) -> str:

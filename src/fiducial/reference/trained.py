@@ -35,6 +35,10 @@ USUAL_TARGETS: Mapping[str, tuple[str, ...]] = (
 """PEFT's target modules by model type; for other types all linear layers are taken."""
 
 _NOT_TARGETS = ("embed", "lm_head", "wte", "wpe", "norm", "router")
+_LAYER = re.compile(r"\.(?:layers|layer|h|blocks)\.(\d+)\.")
+_ABOVE_LAYERS = re.compile(
+    r"(?:^|\.)(?:norm|ln_f|final_layer_?norm|final_norm|lm_head|embed_out)(?:\.(?:weight|bias))?$"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +62,61 @@ def count_trained(cfg: RunConfig, facts: Facts) -> TrainedWeights:
     patterns = cfg.model.unfrozen_parameters
     unfrozen = 0
     if patterns is not None:
-        unfrozen = sum(
-            tensor.size for name, tensor in tensors.items() if any(re.match(p, name) for p in patterns)
-        )
+        unfrozen = sum(tensor.size for name, tensor in tensors.items() if is_trained(cfg, name))
     if cfg.adapter is None:
         return TrainedWeights(facts.model.num_parameters if patterns is None else unfrozen, 0)
     if facts.adapter is not None and facts.adapter.num_parameters is not None:
         return TrainedWeights(unfrozen, facts.adapter.num_parameters)
     return TrainedWeights(unfrozen + _biases(cfg.adapter, facts), _new_adapter(cfg.adapter, facts))
+
+
+def layer_of(name: str) -> int | None:
+    """The layer a weight or module is in; None if it is outside of the layers."""
+    found = _LAYER.search(f"{name}.")
+    return int(found[1]) if found else None
+
+
+def is_trained(cfg: RunConfig, name: str) -> bool:
+    """Whether a run without adapter trains the base's weight `name`."""
+    patterns = cfg.model.unfrozen_parameters
+    return patterns is None or any(re.match(pattern, name) for pattern in patterns)
+
+
+def untrained_layers(cfg: RunConfig, facts: Facts) -> int:
+    """How many layers, from the lowest, hold nothing that is trained and have nothing trained below them.
+
+    What cannot be placed by its name counts as below all layers.
+    """
+    total = facts.model.sizes.layers
+
+    def below(name: str) -> int:
+        layer = layer_of(name)
+        return layer if layer is not None else total if _ABOVE_LAYERS.search(name) else 0
+
+    return min(map(below, _trained_names(cfg, facts)), default=0)
+
+
+def _trained_names(cfg: RunConfig, facts: Facts) -> Iterator[str]:
+    """Weights and modules in which something is trained; "" for what has no name here."""
+    tensors = facts.model.tensors
+    adapter = cfg.adapter
+    if adapter is None or cfg.model.unfrozen_parameters is not None:
+        yield from (name for name in tensors if is_trained(cfg, name))
+    if adapter is None:
+        return
+    if facts.adapter is not None:
+        yield from facts.adapter.tensors or ("",)
+        return
+    if adapter.bias != "none" or adapter.target_parameters or adapter.trainable_token_indices:
+        yield ""
+    if adapter.layer_replication:
+        yield ""
+    yield from (module for module, _ in target_weights(adapter, facts))
+    yield from (
+        name
+        for name in tensors
+        if any(_ends_with(name.rpartition(".")[0], module) for module in adapter.modules_to_save)
+    )
 
 
 def target_weights(cfg: AdapterConfig, facts: Facts) -> Iterator[tuple[str, TensorFact]]:

@@ -11,7 +11,7 @@ from torch.utils.benchmark import Timer
 
 from fiducial.config.schema import RunConfig
 from fiducial.model.products import product
-from fiducial.reference.alternatives import BACKWARD, BACKWARD_FROZEN, FORWARD, weight_ratio
+from fiducial.reference.alternatives import FORWARD, backward, weight_ratio
 from fiducial.reference.facts import Facts, ModelFacts
 from fiducial.reference.kinds import ReferencePlan, Schedule
 
@@ -66,8 +66,7 @@ def expected_seconds(
     if facts.model.sizes.experts > 1:
         return None
     forward = forward_operations(facts.model, train)
-    backward = BACKWARD if cfg.adapter is None else BACKWARD_FROZEN
-    training = epochs * forward * (FORWARD + backward) / FORWARD
+    training = epochs * forward * (FORWARD + backward(cfg, facts)) / FORWARD
     scoring = 0.0
     if plan.schedule is Schedule.PRECOMPUTED:
         scoring = weight_ratio(facts, plan) * forward_operations(facts.model, train + held_out)

@@ -22,6 +22,7 @@ from fiducial.losses.output import LossOutput
 from fiducial.model.mode import evaluating
 from fiducial.model.randomness import Replay
 from fiducial.model.scoring import Scorer
+from fiducial.reference.one_pass import beside_policy
 from fiducial.reference.sources import LiveReference, Reference
 from fiducial.training.gather import gather_comparisons, gather_mean, num_processes
 from fiducial.training.weighing import WeighedPass, weigh
@@ -111,7 +112,9 @@ class Objective:
     def _score(self, batch: PackedBatch, statistics: tuple[str, ...]) -> tuple[TokenLogps | None, TokenLogps]:
         """Reference and policy."""
         if not self.loss.needs_distribution:
-            return self.reference.token_logps(batch), self.scorer(batch, statistics)
+            with beside_policy(self.reference, batch) as reference_logps:
+                policy = self.scorer(batch, statistics)
+            return reference_logps(), policy
         assert isinstance(self.reference, LiveReference), "the plan of such a loss is live"
         reference, distribution = self.reference.distribution(batch)
         return reference, self.scorer(batch, statistics, distribution)

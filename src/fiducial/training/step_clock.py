@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from fiducial.data.batch import PackedBatch
 from fiducial.logps import TokenLogps
 from fiducial.model.divergence import Distribution
+from fiducial.reference.one_pass import Answer, beside_policy
 from fiducial.reference.sources import LiveReference, Reference
 
 
@@ -33,6 +34,19 @@ class TimedReference:
         assert isinstance(self.reference, LiveReference), "the plan of such a loss is live"
         with self._timed():
             return self.reference.distribution(batch)
+
+    @contextmanager
+    def beside_policy(self, batch: PackedBatch) -> Iterator[Answer]:
+        """Log-probs of the batch after the policy's pass, which is not counted."""
+        with ExitStack() as stack:
+            with self._timed():
+                answer = stack.enter_context(beside_policy(self.reference, batch))
+
+            def timed() -> TokenLogps | None:
+                with self._timed():
+                    return answer()
+
+            yield timed
 
     @property
     def seconds(self) -> float:

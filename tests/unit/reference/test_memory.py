@@ -23,6 +23,7 @@ from fiducial.config.schema import (
 from fiducial.data.tokenize import TokenizedGroup
 from fiducial.logps import KL
 from fiducial.model import head
+from fiducial.model.loader import unfreeze
 from fiducial.model.scoring import Scorer
 from fiducial.reference.activations import (
     HEAD_CHUNK_LOGITS,
@@ -144,6 +145,16 @@ def test_the_formula_holds_with_gradient_checkpointing(checkpoints: dict[str, Pa
     cfg = run_config(checkpoints["llama"], gradient_checkpointing=True)
     formula = stored_bytes_per_token(cfg, gather_facts(cfg), held_precision(cfg, gpu=False))
     assert formula == pytest.approx(stored_per_token(model.train()), rel=0.1)
+
+
+def test_layers_below_what_trains_keep_nothing(checkpoints: dict[str, Path]) -> None:
+    patterns = (r"model\.layers\.1\.",)
+    model = tiny_model("llama", **SIZES, **FAMILY["llama"])
+    unfreeze(model, patterns, torch.float32)
+    cfg = run_config(checkpoints["llama"], unfrozen_parameters=patterns)
+    formula = stored_bytes_per_token(cfg, gather_facts(cfg), held_precision(cfg, gpu=False))
+    # The lowest trained layer keeps less of its inputs than the others, and here it is the only one.
+    assert stored_per_token(model) <= formula <= 1.4 * stored_per_token(model)
 
 
 def peak(policy: Any, groups: list[TokenizedGroup], against: SeparateModel | None = None) -> tuple[int, int]:
