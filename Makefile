@@ -61,6 +61,7 @@ check: lint type test
 bench: $(VENV)/.installed-dev
 	$(BIN)/python bench/against_trl.py
 	$(BIN)/python bench/cache.py
+	$(BIN)/python bench/one_pass.py
 
 docs: $(VENV)/.installed
 	$(BIN)/python docs/readme.py

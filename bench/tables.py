@@ -40,7 +40,10 @@ def tables(report: Report) -> str:
     bodies = [_table(each) for each in report.get("comparisons", ())]
     steps = [_profile(report["steps"])] if "steps" in report else []
     cache = [_warm(report["warm"]), _cold(report["cold"])] if "warm" in report else []
-    return "\n\n".join([f"{made} on {_conditions(report)}.", *bodies, *steps, *cache])
+    passes = (
+        [_passes(report["shared_layers"]), _at_most(report["quantised"])] if "quantised" in report else []
+    )
+    return "\n\n".join([f"{made} on {_conditions(report)}.", *bodies, *steps, *cache, *passes])
 
 
 def summary(report: Report) -> str:
@@ -105,6 +108,26 @@ def _cold(cold: Sequence[Mapping[str, Any]]) -> str:
         f"{each['share_of_an_epoch']:.2f} on *{each['data']}* ({each['precision']})" for each in cold
     )
     return f"Cold scoring as a share of one training epoch: {shares}."
+
+
+def _passes(rows: Sequence[Mapping[str, Any]]) -> str:
+    return "\n".join(["Two passes over one, layers shared (median):", "", *_ratios(rows)])
+
+
+def _at_most(rows: Sequence[Mapping[str, Any]]) -> str:
+    title = "Two passes over one, at most, were each weight dequantised once for both (median):"
+    return "\n".join([title, "", *_ratios(rows)])
+
+
+def _ratios(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [
+        "| | tokens a pass | seconds | processor seconds |",
+        "|---|--:|--:|--:|",
+        *(
+            f"| {row['case']} | {row['tokens']:,} | {row['wall']:.2f}× | {row['processor']:.2f}× |"
+            for row in rows
+        ),
+    ]
 
 
 def _profile(steps: Sequence[Mapping[str, Any]]) -> str:

@@ -190,6 +190,21 @@ def test_the_pages_say_what_the_results_say() -> None:
         assert path.read_text() == text, "run `python bench/tables.py`"
 
 
+def test_ratios_of_two_passes_to_one_are_a_row_each() -> None:
+    row = {"case": "half frozen", "tokens": 1536, "wall": 1.254, "processor": 1.2}
+    report = {
+        "command": "python bench/one_pass.py",
+        "machine": {"cpu": "x", "cores": 2},
+        "versions": dict.fromkeys(("torch", "transformers", "trl"), "1"),
+        "shape": "42M",
+        "shared_layers": [row],
+        "quantised": [row | {"case": "4-bit"}],
+    }
+    text = tables.tables(report)
+    assert "| half frozen | 1,536 | 1.25× | 1.20× |" in text.split("at most")[0]
+    assert "| 4-bit | 1,536 | 1.25× | 1.20× |" in text.split("at most")[1]
+
+
 def comparison(method: str = "dpo", precision: str = "float32") -> dict[str, object]:
     row = figures(RESULT, six_pairs(), PRODUCTS, rate=1000.0)
     facts = {"shared_tokens": 3.0, "padded_tokens": 4.0}

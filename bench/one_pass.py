@@ -1,0 +1,218 @@
+"""What it saves to score a live reference in one pass with the policy, against two passes.
+
+    python bench/one_pass.py                  # about 5 minutes; writes bench/results/one_pass.json
+    python bench/one_pass.py --quick          # shows that it runs, no more
+
+Shared layers: a pass over policy and reference with its backward, in turn with one in which the reference
+goes on from the policy's lowest layers. Medians of the ratio, in seconds and in processor time.
+
+Weights in 8 and 4 bits: what bringing each weight back once for both could save at most, were it done: the
+time in which all of them are dequantised once.
+"""
+
+import argparse
+import copy
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+if __name__ == "__main__":  # run as a file: look for modules in the repository, not beside this file
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from rich.table import Table
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from bench.arena import CONSOLE, HERE, report, write
+from bench.measure import synchronize
+from bench.shapes import config
+from fiducial.data.tokenize import TokenizedGroup
+from fiducial.model.loader import unfreeze
+from fiducial.model.quantisation import placement, prepare
+from fiducial.model.scoring import Scorer
+from fiducial.reference.holding import Bits
+from fiducial.reference.one_pass import beside_policy, on_trunk
+from fiducial.reference.sources import AdapterOff, LiveReference, Reference, SeparateModel
+
+LONGEST = 4096
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+Seconds = tuple[float, float]
+"""On the wall, and of the processor; or ratios of them."""
+
+
+def main(arguments: list[str]) -> int:
+    """Measure, print, write."""
+    options = _options(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shared = [row for tokens in options.tokens for row in _shared_layers(options, device, tokens)]
+    held: list[tuple[Bits, torch.dtype | None]] = [
+        (8, None),
+        (8, torch.bfloat16),
+        (4, None),
+        (4, torch.bfloat16),
+    ]
+    quantised = [row for bits, autocast in held for row in _quantised(options, bits, autocast)]
+    CONSOLE.print(_table("two passes over one, where the lowest layers are shared", shared))
+    CONSOLE.print(_table("two passes over one, at most, where each weight were brought back once", quantised))
+    command = ["python", "bench/one_pass.py", *arguments]
+    write(options.output, report(command, options.shape, shared_layers=shared, quantised=quantised))
+    return 0
+
+
+def _shared_layers(
+    options: argparse.Namespace, device: torch.device, tokens: int
+) -> Iterator[dict[str, Any]]:
+    groups = _groups(tokens)
+    layers = config(options.shape, longest=LONGEST).num_hidden_layers
+    for name, depth in (
+        ("full, lower half frozen", layers // 2),
+        ("full, lower 3/4 frozen", layers * 3 // 4),
+    ):
+        policy = _policy(options, device)
+        patterns = tuple(rf"model\.layers\.{layer}\." for layer in range(depth, layers))
+        second = Scorer(copy.deepcopy(policy.model).requires_grad_(False).eval(), layout="packed")
+        unfreeze(policy.model, patterns, torch.float32)
+        policy.model.train()
+        yield _compared(options, name, policy, SeparateModel(second), second, depth, groups)
+    policy = _policy(options, device)
+    upper = LoraConfig(r=16, target_modules=TARGETS, layers_to_transform=[*range(layers // 2, layers)])
+    policy = Scorer(get_peft_model(policy.model, upper).train(), layout="packed")
+    off = AdapterOff(policy)
+    yield _compared(options, "LoRA on the upper half", policy, off, policy, layers // 2, groups)
+
+
+def _compared(
+    options: argparse.Namespace,
+    name: str,
+    policy: Scorer,
+    live: LiveReference,
+    scorer: Scorer,
+    depth: int,
+    groups: list[TokenizedGroup],
+) -> dict[str, Any]:
+    joint = on_trunk(live, scorer, policy, depth, groups, tolerance=1e-3)
+    ways = partial(_step, policy, live, groups), partial(_step, policy, joint, groups)
+    ratios = [(two[0] / one[0], two[1] / one[1]) for two, one in _in_turn(options.repeats, *ways)]
+    return _row(name, policy, groups, ratios)
+
+
+def _quantised(
+    options: argparse.Namespace, bits: Bits, autocast: torch.dtype | None
+) -> Iterator[dict[str, Any]]:
+    shape = config(options.shape, longest=LONGEST)
+    with tempfile.TemporaryDirectory() as folder:
+        LlamaForCausalLM(shape).save_pretrained(folder)
+        placed = placement(bits, shape, torch.float32, {}, on_cpu=False)
+        base = prepare(AutoModelForCausalLM.from_pretrained(folder, **placed))
+    model = get_peft_model(base, LoraConfig(r=16, target_modules=TARGETS)).train()
+    policy = Scorer(model, layout="packed", autocast=autocast)
+    off = AdapterOff(policy)
+    for tokens in options.tokens:
+        groups = _groups(tokens)
+        ways = partial(_step, policy, off, groups), partial(_dequantise, model, autocast)
+        timed = _in_turn(options.repeats, *ways)
+        saved = [(step[0] / (step[0] - once[0]), step[1] / (step[1] - once[1])) for step, once in timed]
+        products = "float32" if autocast is None else "bfloat16"
+        yield _row(f"LoRA, {bits}-bit, products in {products}", policy, groups, saved)
+
+
+def _dequantise(model: nn.Module, autocast: torch.dtype | None) -> None:
+    """Every quantised weight once, as bitsandbytes does it for its layer's product."""
+    from bitsandbytes.functional import dequantize_4bit  # here: an extra
+
+    part: Any
+    for part in model.modules():
+        quantised = getattr(getattr(part, "weight", None), "quant_state", None)
+        if quantised is not None:
+            weight = dequantize_4bit(part.weight.data, quantised)
+        elif getattr(getattr(part, "state", None), "CB", None) is not None:
+            weight = part.state.CB.float().mul_(part.state.SCB.unsqueeze(1).mul(1 / 127))
+        else:
+            continue
+        if autocast is not None:
+            weight.to(autocast)
+
+
+def _policy(options: argparse.Namespace, device: torch.device) -> Scorer:
+    torch.manual_seed(0)
+    return Scorer(LlamaForCausalLM(config(options.shape, longest=LONGEST)).to(device), layout="packed")
+
+
+def _groups(tokens: int) -> list[TokenizedGroup]:
+    """Pairs of 64 tokens for the prompt and each answer, `tokens` in all."""
+    rng = np.random.default_rng(0)
+
+    def ids() -> Any:
+        return rng.integers(0, 256, 64, dtype=np.int32)
+
+    return [TokenizedGroup(ids(), (ids(), ids())) for _ in range(max(tokens // 192, 1))]
+
+
+def _step(policy: Scorer, reference: Reference, groups: list[TokenizedGroup]) -> None:
+    """Forward and backward of one training pass."""
+    batch = policy.pack(groups).to(policy.model.device)
+    with beside_policy(reference, batch) as answer:
+        values = policy(batch).values
+    compared = answer()
+    assert compared is not None, "the reference is live"
+    (values - compared.values).square().sum().backward()
+
+
+def _row(name: str, policy: Scorer, groups: list[TokenizedGroup], ratios: list[Seconds]) -> dict[str, Any]:
+    wall, processor = map(median, zip(*ratios, strict=True))
+    tokens = policy.pack(groups).input_ids.numel()
+    CONSOLE.print(f"{name}, {tokens} tokens: {wall:.2f}x, processor {processor:.2f}x")
+    return {"case": name, "tokens": tokens, "wall": wall, "processor": processor}
+
+
+def _in_turn(repeats: int, *ways: Callable[[], None]) -> list[list[Seconds]]:
+    """Each way once to warm up, then all of them one after the other, again and again."""
+    for way in ways:
+        way()
+    return [[_timed(way) for way in ways] for _ in range(repeats)]
+
+
+def _timed(run: Callable[[], None]) -> Seconds:
+    synchronize()
+    wall, processor = time.perf_counter(), time.process_time()
+    run()
+    synchronize()
+    return time.perf_counter() - wall, time.process_time() - processor
+
+
+def _table(title: str, rows: list[dict[str, Any]]) -> Table:
+    grid = Table(title=title)
+    for heading in ("", "tokens a pass", "wall", "processor"):
+        grid.add_column(heading, justify="right" if heading else "left")
+    for row in rows:
+        grid.add_row(row["case"], str(row["tokens"]), f"{row['wall']:.2f}×", f"{row['processor']:.2f}×")
+    return grid
+
+
+def _options(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", default="42M")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[192, 768])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output", type=Path, help="bench/results/one_pass.json unless --quick")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, into bench/.cache")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.shape, options.tokens, options.repeats = "tiny", [192], 1
+    folder = HERE / (".cache" if options.quick else "results")
+    options.output = options.output or folder / "one_pass.json"
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
