@@ -23,8 +23,8 @@ def in_second_step(fail: Any) -> None:
     """Pass the policy's log-probs through `fail` once a step has been taken."""
     score, passes = Objective._score, []
 
-    def failing(self: Objective, batch: Any) -> Any:
-        reference, policy = score(self, batch)
+    def failing(self: Objective, batch: Any, statistics: Any) -> Any:
+        reference, policy = score(self, batch, statistics)
         passes.append(torch.is_grad_enabled())
         if sum(passes) > 1:
             fail(policy)
