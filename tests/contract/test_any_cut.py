@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fiducial.config.methods.dpo import MODIFIERS
 from fiducial.data.tokenize import TokenizedGroup
-from fiducial.logps import Comparison
+from fiducial.logps import Comparison, SequenceLogps
 from fiducial.losses import LOSSES, Loss
 from fiducial.training.objective import Objective
 from launching import two_processes
@@ -71,16 +71,23 @@ def test_a_loss_of_each_pass_alone_would_differ() -> None:
 
 def test_dropout_draws_the_same_masks_in_both_looks_at_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Tensor] = []
-    compare = Objective.compare
+    compare, policy = Objective.compare, Objective.policy
 
-    def recorded(objective: Objective, groups: list[TokenizedGroup]) -> Comparison:
+    def compared(objective: Objective, groups: list[TokenizedGroup]) -> Comparison:
         found = compare(objective, groups)
         seen.append(found.policy.sum.detach())
         return found
 
-    monkeypatch.setattr(Objective, "compare", recorded)
+    def scored(objective: Objective, groups: list[TokenizedGroup]) -> SequenceLogps:
+        found = policy(objective, groups)
+        seen.append(found.sum.detach())
+        return found
+
+    monkeypatch.setattr(Objective, "compare", compared)
+    monkeypatch.setattr(Objective, "policy", scored)
     in_passes(MADE_UP["whole step"], 2, dropout=0.5)
     looks, again = seen[:2], seen[2:]
+    assert len(again) == 2
     assert all(torch.equal(first, second) for first, second in zip(looks, again, strict=True))
 
     seen.clear()

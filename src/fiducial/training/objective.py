@@ -12,11 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from fiducial.data.batch import PackedBatch
 from fiducial.data.tokenize import TokenizedGroup
 from fiducial.errors import DataError
-from fiducial.logps import Comparison, TokenLogps
+from fiducial.logps import Comparison, SequenceLogps, TokenLogps
 from fiducial.losses import Loss
 from fiducial.losses.output import LossOutput
 from fiducial.model.mode import evaluating
@@ -98,16 +99,28 @@ class Objective:
         `logged` replaces what the objective logs.
         """
         self._require_sizes(groups)
-        batch = self.scorer.pack(groups).to(self.scorer.model.device)
-        weights = None if self.loss.token_weights is None else self.loss.token_weights(batch)
-        logged = self.logged if logged is None else logged
-        statistics = tuple(dict.fromkeys((*self.loss.statistics, *logged)))
-        reference, policy = self._score(batch, statistics)
+        batch, weights = self._packed(groups)
+        reference, policy = self._score(batch, self._statistics(self.logged if logged is None else logged))
         return Comparison(
             policy.reduce(weights),
             reference.reduce(weights) if reference is not None else None,
             batch.completions,
         )
+
+    def policy(self, groups: Groups) -> SequenceLogps:
+        """The policy's part of `compare`, which asks the reference for its distributions alone."""
+        if self.loss.needs_distribution:
+            return self.compare(groups).policy
+        batch, weights = self._packed(groups)
+        return self.scorer(batch, self._statistics(self.logged)).reduce(weights)
+
+    def _packed(self, groups: Groups) -> tuple[PackedBatch, Tensor | None]:
+        """The groups on the model's device, and what the loss weighs their tokens by."""
+        batch = self.scorer.pack(groups).to(self.scorer.model.device)
+        return batch, None if self.loss.token_weights is None else self.loss.token_weights(batch)
+
+    def _statistics(self, logged: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((*self.loss.statistics, *logged)))
 
     def _score(self, batch: PackedBatch, statistics: tuple[str, ...]) -> tuple[TokenLogps | None, TokenLogps]:
         """Reference and policy."""
@@ -151,7 +164,7 @@ class Step:
             return Scored(comparison.detach(), self._loss(comparison))
         weighed = self._weighed[index]
         with self._replays[index].again():
-            policy = self.objective.compare(self.passes[index]).policy
+            policy = self.objective.policy(self.passes[index])
         return Scored(weighed.comparison, weighed.with_gradient(policy))
 
     def finish(self) -> None:

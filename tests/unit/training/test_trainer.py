@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import training_harness as harness
+from fiducial.config.methods import AOTConfig
 from fiducial.data.tokenize import TokenizedGroup
 from fiducial.errors import TrainingError
 from fiducial.logps import TokenLogps
@@ -61,6 +62,28 @@ def test_gradient_is_that_of_the_mean_over_pairs_whatever_the_cut(tmp_path: Path
         loss, gradients = step_gradients(tmp_path, groups, budget)
         assert loss.item() == pytest.approx(naive.mean().item(), rel=1e-5)
         assert distance(gradients, expected) < 2e-5 * scale
+
+
+class Counted(harness.StoredReference):
+    """Counts how often it is asked."""
+
+    asked = 0
+
+    def token_logps(self, batch) -> TokenLogps:
+        self.asked += 1
+        return super().token_logps(batch)
+
+
+def test_a_loss_of_the_whole_step_asks_for_each_reference_log_prob_once(tmp_path: Path) -> None:
+    groups, reference = random_groups(4), []
+
+    def live(scorer):
+        reference.append(Counted(scorer, groups))
+        return reference[0]
+
+    trainer = build_trainer(tmp_path, groups=groups, budget=1, method=AOTConfig(), live=live)
+    trainer.training_step(trainer.model, groups)
+    assert reference[0].asked == len(groups)
 
 
 def test_mean_of_micro_batch_means_would_be_another_gradient(tmp_path: Path) -> None:
