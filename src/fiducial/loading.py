@@ -1,5 +1,6 @@
 """What is known of a run before weights are loaded, and its models loaded for scoring."""
 
+import gc
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -166,3 +167,9 @@ def _require_trainable(cfg: RunConfig) -> None:
             "adapter is saved without its base. Name whole modules with lora_modules_to_save, or remove "
             "adapter."
         )
+
+
+def free_memory() -> None:
+    """Give back what a model held that nothing refers to any more."""
+    gc.collect()
+    torch.cuda.empty_cache()

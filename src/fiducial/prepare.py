@@ -6,20 +6,18 @@ ahead  = score_ahead(run, policy)     the reference's log-probs, where the plan 
 judged = prove(run, policy, ahead)    the reference the trainer asks, measured against the policy
 """
 
-import gc
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
 from fiducial.agreement import all_or_none
 from fiducial.data.dataset import TokenizedDataset
-from fiducial.data.prepare import PreparedData
 from fiducial.data.tokenize import TokenizedGroup
 from fiducial.errors import ModelError
 from fiducial.loading import (
     Policy,
     Run,
+    free_memory,
     is_first_process,
     load_exact_model,
     load_policy,
@@ -34,17 +32,13 @@ from fiducial.model.held_once import share_frozen_weights
 from fiducial.model.scoring import Scorer
 from fiducial.reference.approximation import Approximation, measure_approximation
 from fiducial.reference.cache import LogpStore
-from fiducial.reference.cache.known import remember
-from fiducial.reference.cache.opening import open_store
-from fiducial.reference.fill import fill, fill_from_server, tell_checked, warn
-from fiducial.reference.identity import Identity, identify_served
+from fiducial.reference.fill import tell_checked, warn
+from fiducial.reference.identity import Identity
 from fiducial.reference.kept import Kept
 from fiducial.reference.kinds import Source
 from fiducial.reference.moving import Follower, build_follower
-from fiducial.reference.named_adapter import put_named_adapter, take_named_adapter
-from fiducial.reference.noise import same_arithmetic
+from fiducial.reference.named_adapter import put_named_adapter
 from fiducial.reference.one_pass import on_trunk
-from fiducial.reference.predicted import identify_loaded
 from fiducial.reference.sources import (
     InitialPolicy,
     LiveReference,
@@ -52,13 +46,17 @@ from fiducial.reference.sources import (
     Precomputed,
     Reference,
     SeparateModel,
-    Served,
     build_reference,
-    build_scoring_reference,
 )
 from fiducial.reference.spot_check import spot_check
 from fiducial.reference.verify import Proof, prove_reference, require_adapter_off
-from fiducial.run_record import require_same_reference
+from fiducial.scoring_ahead import (
+    ScoredAhead,
+    identify_reference,
+    identify_unchanged,
+    open_records,
+    score_ahead,
+)
 from fiducial.training.failures import memory_explained
 from fiducial.training.objective import Objective
 
@@ -81,17 +79,6 @@ __all__ = [
 
 
 @dataclass(frozen=True, slots=True)
-class ScoredAhead:
-    """The records of a precomputed reference."""
-
-    store: LogpStore
-    noise: float
-    """By how much records that were there already differ from what is scored now, in nats a token."""
-    same_arithmetic: bool
-    """Whether they were scored by the products the policy computes its own by."""
-
-
-@dataclass(frozen=True, slots=True)
 class ProvedReference:
     """What the trainer asks for the reference's log-probs, and what was measured of it before step 1."""
 
@@ -107,84 +94,6 @@ class ProvedReference:
     """What moves the reference, where the plan has it follow the policy."""
     approximation: Approximation | None = None
     """How far it is from the exact reference, where it is held less exactly."""
-
-
-@memory_explained("scoring the reference")
-def score_ahead(
-    run: Run,
-    policy: Policy,
-    device: torch.device,
-    *,
-    datasets: Mapping[str, TokenizedDataset] | None = None,
-) -> ScoredAhead | None:
-    """Score the reference over all data, where the plan precomputes it, and forget any second model.
-
-    Only what the store has no record of is scored. The policy must still hold the weights it starts from: a
-    resumed run scores before it loads its checkpoint. `datasets`, by names for people, replace the run's.
-
-    Raises:
-        ModelError: the reference is not what it was when the run started.
-    """
-    if not run.precomputes:
-        return None
-    if run.plan.source is Source.ENDPOINT:
-        return _ask_server(run, policy, _datasets(run.data) if datasets is None else datasets)
-    second = load_second_model(run, device)
-    scorer = second or policy.scorer
-    with all_or_none():
-        put_named_adapter(run.plan, policy.model, pickle=run.cfg.model.allow_pickle_weights)
-    store = _open_store(run, _identify(run, scorer))
-    reference = build_scoring_reference(run.plan, policy.scorer, second)
-    noise = fill(
-        store,
-        _datasets(run.data) if datasets is None else datasets,
-        reference,
-        scorer,
-        token_budget=policy.micro_batch_tokens,
-        console=run.console,
-        flush_seconds=run.cfg.reference.flush_seconds,
-    )
-    alike = same_arithmetic(policy.scorer, reference)
-    del second, scorer, reference
-    take_named_adapter(run.plan, policy.model)
-    _free()
-    return ScoredAhead(store, noise, alike)
-
-
-def identify_reference(run: Run, policy: Policy, second: Scorer | None) -> Identity:
-    """The identity of the run's reference.
-
-    The policy is left with the adapter that is named for the reference, if there is one beside its own.
-
-    Raises:
-        ModelError: The reference's weights are kept elsewhere, and are not those of its files.
-    """
-    if run.plan.checkpoint is not None and run.plan.source is Source.ENDPOINT:
-        return identify_served(run.plan.checkpoint)
-    with all_or_none():
-        put_named_adapter(run.plan, policy.model, pickle=run.cfg.model.allow_pickle_weights)
-        return identify_loaded(run.cfg, run.plan, run.tokenizer, second or policy.scorer)
-
-
-def _ask_server(run: Run, policy: Policy, datasets: Mapping[str, TokenizedDataset]) -> ScoredAhead:
-    assert run.plan.checkpoint is not None, "a server was named"
-    store = _store_of(run, _unchanged(run, identify_served(run.plan.checkpoint)))
-    reference = build_scoring_reference(run.plan, policy.scorer)
-    assert isinstance(reference, Served)
-    fill_from_server(
-        store,
-        datasets,
-        reference,
-        policy.scorer,
-        console=run.console,
-        flush_seconds=run.cfg.reference.flush_seconds,
-    )
-    return ScoredAhead(store, 0.0, same_arithmetic=False)
-
-
-def _free() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 @memory_explained("proving the reference")
@@ -222,7 +131,7 @@ def prove(
         with all_or_none():
             # Weights are hashed once, and by other processes only where they open the records by it.
             if is_first_process() or run.plan.writes_through:
-                identity = _identify(run, second or policy.scorer)
+                identity = identify_unchanged(run, second or policy.scorer)
     approximation = _measured(run, policy, reference, groups)
     proof = prove_reference(
         policy.scorer,
@@ -236,7 +145,7 @@ def prove(
     reference = _in_one_pass(run, policy, reference, scorer, groups=groups, tolerance=tolerance)
     if run.plan.kept and not run.precomputes:
         assert identity is not None, "records are written through"
-        reference = _kept(run, policy, reference, second, _open_store(run, identity))
+        reference = _kept(run, policy, reference, second, open_records(run, identity))
     follower = None
     if run.plan.sync is not None:
         follower = build_follower(policy.model, None if second is None else second.model, run.plan.sync)
@@ -248,7 +157,7 @@ def _second_model(run: Run, policy: Policy, device: torch.device) -> Scorer | No
     second = load_second_model(run, device)
     if second is not None and run.plan.frozen_held_once:
         share_frozen_weights(policy.model, second.model)
-        _free()
+        free_memory()
     return second
 
 
@@ -268,7 +177,7 @@ def _measured(
         return measure_approximation(reference, exact, policy.scorer, groups, how)
     finally:
         del exact
-        _free()
+        free_memory()
 
 
 def build_objective(run: Run, policy: Policy, judged: ProvedReference) -> Objective:
@@ -276,28 +185,6 @@ def build_objective(run: Run, policy: Policy, judged: ProvedReference) -> Object
     assert run.cfg.method is not None
     logged = (ENTROPY,) if run.cfg.output.log_entropy else ()
     return Objective(policy.scorer, judged.reference, build_loss(run.cfg.method), logged=logged)
-
-
-def _identify(run: Run, scorer: Scorer) -> Identity:
-    """The reference's identity, which must be the one the run's record has; before weights are sharded."""
-    return _unchanged(run, identify_loaded(run.cfg, run.plan, run.tokenizer, scorer))
-
-
-def _unchanged(run: Run, identity: Identity) -> Identity:
-    if run.record is not None:
-        for change in require_same_reference(run.record, identity.as_dict()):
-            warn(run.console, f"the reference is the same as when the run started, but {change}.")
-    return identity
-
-
-def _open_store(run: Run, identity: Identity) -> LogpStore:
-    """The records of the run's reference, whose identity later plans are told."""
-    remember(run.cfg, run.plan, identity.digest)
-    return _store_of(run, identity)
-
-
-def _store_of(run: Run, identity: Identity) -> LogpStore:
-    return open_store(run.cfg, identity, tell=lambda sentence: warn(run.console, sentence))
 
 
 def _in_one_pass(
@@ -331,9 +218,3 @@ def _kept(run: Run, policy: Policy, live: Reference, second: Scorer | None, stor
         tell=lambda sentence: warn(run.console, sentence),
         flush_seconds=run.cfg.reference.flush_seconds,
     )
-
-
-def _datasets(data: PreparedData) -> dict[str, TokenizedDataset]:
-    assert isinstance(data.train, TokenizedDataset), "streamed rows cannot be scored ahead"
-    held_out = {"held-out": data.evaluation} if data.evaluation is not None else {}
-    return {"training": data.train} | held_out

@@ -289,7 +289,7 @@ def test_a_full_disk_stops_the_run_and_keeps_earlier_checkpoints(tmp_path: Path)
     ("where", "what"),
     [
         ("fiducial.loading.choose_layout", "loading the model"),
-        ("fiducial.prepare.fill", "scoring the reference"),
+        ("fiducial.scoring_ahead.fill", "scoring the reference"),
         ("fiducial.prepare.prove_reference", "proving the reference"),
     ],
 )

@@ -55,6 +55,7 @@ LAYERS = {
     "fiducial.training": 7,
     "fiducial.model_card": 8,
     "fiducial.loading": 8,
+    "fiducial.scoring_ahead": 8,
     "fiducial.prepare": 8,
     "fiducial.record_keeping": 8,
     "fiducial.run_report": 8,
