@@ -5,6 +5,7 @@ Both kernels align a causal mask to the last query and the last key, which is wh
 with only the completion's queries need. Their window counts earlier keys, without the query's own.
 """
 
+from functools import cache
 from importlib.util import find_spec
 from inspect import signature
 from typing import Any
@@ -42,6 +43,14 @@ def variable_length_attention(
     return kernel(queries, keys, values, offsets, rule, earlier)
 
 
+@cache
+def _groups_heads() -> bool:
+    """Whether torch's kernel takes fewer key heads than queries: from 2.12 on."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in signature(varlen_attn).parameters
+
+
 Offsets = tuple[Tensor, Tensor, int, int]
 
 
@@ -52,7 +61,7 @@ def _torch_kernel(
 
     options: dict[str, Any] = {"scale": rule.scaling}
     if query.shape[1] != key.shape[1]:
-        if "enable_gqa" in signature(varlen_attn).parameters:  # torch 2.12 and later
+        if _groups_heads():
             options["enable_gqa"] = True
         else:
             groups = query.shape[1] // key.shape[1]

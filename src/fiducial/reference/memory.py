@@ -5,7 +5,6 @@ moments are compared: scoring the reference ahead of time (its weights, no gradi
 are per process and without what the allocator wastes.
 """
 
-import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +15,7 @@ from fiducial.reference.facts import Facts, ModelFacts
 from fiducial.reference.holding import Bits, policy_bits, reference_bits
 from fiducial.reference.kinds import ReferencePlan, Schedule, Source
 from fiducial.reference.precision import BYTES, HeldPrecision, held_precision
-from fiducial.reference.trained import count_trained
+from fiducial.reference.trained import count_trained, layer_of
 
 When = Literal["throughout", "training", "scoring"]
 
@@ -26,7 +25,6 @@ _KEPT = {"cpu": "in the CPU's memory", "disk": "on disk"}
 _SPARE = 0.8
 """Share of free memory the token budget may fill; the rest is for what the formula does not see."""
 
-_LAYER = re.compile(r"\.(?:layers|layer|h|blocks)\.\d+\.")
 _QUANTISED_BYTES: dict[Bits, float] = {4: 0.516, 8: 1.0}
 """A weight's; in 4 bits with its scales: blocks of 64 share a byte, and 256 of these a float32."""
 
@@ -210,7 +208,7 @@ def _second_model(
 
 def _offloaded(cfg: RunConfig, model: ModelFacts, whole: int, width: int, when: When) -> list[MemoryPart]:
     """What stays, the layer that computes, and the layers that wait in the CPU's memory if not on disk."""
-    layers = sum(tensor.size for name, tensor in model.tensors.items() if _LAYER.search(name)) * width
+    layers = sum(tensor.size for name, tensor in model.tensors.items() if layer_of(name) is not None) * width
     here = whole - layers + layers // max(model.sizes.layers, 1)
     parts = [MemoryPart("reference model (one layer at a time)", here, when)]
     if cfg.reference.offload == "cpu":
@@ -246,7 +244,7 @@ def _quantised_matrices(model: ModelFacts) -> list[TensorFact]:
     return [
         tensor
         for name, tensor in model.tensors.items()
-        if len(tensor.shape) == 2 and name.endswith(".weight") and _LAYER.search(name)
+        if len(tensor.shape) == 2 and name.endswith(".weight") and layer_of(name) is not None
     ]
 
 
