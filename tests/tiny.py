@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from fiducial.data.tokenize import TokenizedGroup
+from fiducial.model.checkpoint import is_soft_capped
 
 VOCAB = 320
 
@@ -56,7 +57,7 @@ def tiny_model(family: str = "llama", *, seed: int = 0, **overrides: Any) -> Pre
     """A float32 causal LM of `family` in eval mode, with weights N(0, 0.2)."""
     config_class = transformers.CONFIG_MAPPING[family]
     config = config_class(**(_COMMON | FAMILIES.get(family, {}) | overrides))
-    exact = "eager" if getattr(config, "attn_logit_softcapping", None) else None  # as the loader does
+    exact = "eager" if is_soft_capped(config) else None  # as the loader does
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=exact)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -89,6 +90,24 @@ def tiny_tokenizer(*, chat_template: str | None = CHATML) -> PreTrainedTokenizer
 def save_checkpoint(path: Path, family: str = "llama", *, seed: int = 0, **overrides: Any) -> Path:
     """A checkpoint folder with model and tokenizer, as the hub would hold it."""
     tiny_model(family, seed=seed, **overrides).save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+def save_larger_checkpoint(path: Path, *, layers: int) -> Path:
+    """A checkpoint of width 512, large enough for its memory to be measured: 21M parameters in 4 layers."""
+    config = transformers.LlamaConfig(
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        vocab_size=16_000,
+        tie_word_embeddings=True,
+        bos_token_id=256,
+        eos_token_id=257,
+        pad_token_id=258,
+    )
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(path)
     tiny_tokenizer().save_pretrained(path)
     return path
 

@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
 
-from tiny import tiny_tokenizer
+from tiny import save_larger_checkpoint
 
 RUN = """
 import json, sys
@@ -36,19 +34,7 @@ UPPER = {"unfrozen_parameters": [r"model\.layers\.[23]\."], "reference": {"sched
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """21M parameters, and two pairs that fill a pass of 2,048 tokens."""
     folder = tmp_path_factory.mktemp("memory")
-    config = LlamaConfig(
-        hidden_size=512,
-        intermediate_size=1408,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        vocab_size=16_000,
-        tie_word_embeddings=True,
-        bos_token_id=256,
-        eos_token_id=257,
-        pad_token_id=258,
-    )
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / "base")
-    tiny_tokenizer().save_pretrained(folder / "base")
+    save_larger_checkpoint(folder / "base", layers=4)
     rows = [{"prompt": "abcd", "chosen": "x" * 506, "rejected": letter * 506} for letter in "yz"]
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     return folder

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fiducial.errors import ModelError, TrainingError
 from fiducial.reference.approximation import LARGEST_MEAN
@@ -19,7 +18,7 @@ from fiducial.training.callbacks import Interrupted, read_metrics_lines
 from quantised import HELD, save_checkpoints, short_run
 from resuming import interrupt_after
 from run_configs import run_config, write_labelled
-from tiny import FAMILIES, tiny_tokenizer
+from tiny import FAMILIES, save_larger_checkpoint
 
 pytestmark = [
     pytest.mark.gpu,
@@ -232,19 +231,7 @@ def test_a_live_reference_is_timed_on_the_gpu(tmp_path: Path) -> None:
 def larger(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of 34M parameters, and pairs of 1,016 tokens."""
     folder = tmp_path_factory.mktemp("larger")
-    config = LlamaConfig(
-        hidden_size=512,
-        intermediate_size=1408,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        vocab_size=16_000,
-        tie_word_embeddings=True,
-        bos_token_id=256,
-        eos_token_id=257,
-        pad_token_id=258,
-    )
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / "base")
-    tiny_tokenizer().save_pretrained(folder / "base")
+    save_larger_checkpoint(folder / "base", layers=8)
     rows = [{"prompt": "abcd", "chosen": "x" * 506, "rejected": chr(65 + row) * 506} for row in range(16)]
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     return folder
