@@ -106,10 +106,11 @@ def has_onednn_product() -> bool:
 def bound_onednn_caches() -> None:
     """Let oneDNN remember the kernels of one forward pass, not of a thousand shapes.
 
-    It makes a kernel for every new shape, and each pass of packed rows has its own number of tokens: with the
-    default of 1024 kept, resident memory grew by 950 MB over 1200 shapes, with 32 by 230 MB and no further
-    (plain products: 60 MB). torch has no call for it; both libraries read the environment at their first
-    product. A user's own settings stand. Can go when oneDNN's kernels serve any number of rows
+    It makes a kernel for every new shape, in half precision and for `onednn_product`, and each pass of packed
+    rows has its own number of tokens: with the default of 1024 kept, resident memory grew by 950 MB over 1200
+    shapes, with 32 by 230 MB and no further (plain products: 60 MB). torch has no call for it; both libraries
+    read the environment at their first product. A user's own settings stand. Can go when oneDNN's kernels
+    serve any number of rows
     (https://github.com/uxlfoundation/oneDNN/blob/main/doc/performance_considerations/primitive_cache.md).
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):

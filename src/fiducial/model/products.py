@@ -67,16 +67,13 @@ def fast_products() -> AbstractContextManager[object]:
 def torch_is_slow() -> bool:
     """Whether this processor is one on which oneDNN beats torch's own float32 products."""
     backends: Any = torch.backends  # without types
-    slow = (
+    return (
         backends.mkl.is_available()
         and backends.mkldnn.is_available()
         and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
         and compat.has_onednn_product()
         and "GenuineIntel" not in _processor()
     )
-    if slow:
-        compat.bound_onednn_caches()
-    return slow
 
 
 def _processor() -> str:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
+from fiducial.compat import bound_onednn_caches
 from fiducial.data.batch import Layout, PackedBatch, pack
 from fiducial.data.tokenize import TokenizedGroup
 from fiducial.logps import TokenLogps
@@ -52,6 +53,8 @@ class Scorer:
         self._by_carrier = False
         if layout == "packed":
             register()
+        if model.device.type == "cpu":
+            bound_onednn_caches()
 
     def pack(self, groups: Sequence[TokenizedGroup]) -> PackedBatch:
         """Lay `groups` out for this model."""

@@ -118,6 +118,14 @@ def test_bfloat16_errs_by_rounding_only() -> None:
         assert (approximate - right).norm() / right.norm() < 6e-3
 
 
+def test_on_a_cpu_bfloat16_rounds_only_what_goes_in_and_comes_out() -> None:
+    segments = _segments(longest=100)
+    half = [tensor.detach().bfloat16() for tensor in _heads(segments[-1].stop)]
+    plan, rule = plan_attention(segments, CPU), ScoreRule(0.3, Visibility())
+    wide = block_attention(*(tensor.float() for tensor in half), plan, rule)
+    assert torch.equal(block_attention(*half, plan, rule), wide.bfloat16())
+
+
 def test_autocast_does_not_reach_into_the_kernel() -> None:
     segments = _segments()
     inputs = [tensor.detach().float().requires_grad_() for tensor in _heads(segments[-1].stop)]

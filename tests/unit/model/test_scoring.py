@@ -1,5 +1,6 @@
 """A Scorer against the stock model on each sequence alone: every family, layout, wrapper and precision."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -344,3 +345,9 @@ def test_nothing_quadratic_and_no_whole_logits(frozen: bool, monkeypatch: pytest
     with _Sizes() as stock:
         model(batch.input_ids, position_ids=batch.position_ids)
     assert stock.quadratic(tokens)
+
+
+def test_kernels_for_new_shapes_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {"LRU_CACHE_CAPACITY": "7"})
+    Scorer(tiny_model("llama"), layout="packed")
+    assert os.environ == {"LRU_CACHE_CAPACITY": "7", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32"}
