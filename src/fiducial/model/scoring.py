@@ -166,12 +166,14 @@ class Scorer:
 
     @contextmanager
     def _attention(self, name: str) -> Iterator[None]:
+        before = self._inner.config.get_text_config()._attn_implementation
         set_attention(self._inner, name)
         try:
             yield
         finally:
+            # An earlier pass may still await its backward, and with it the attention it was made with.
             if not _will_recompute(self._inner):
-                self.restore_attention()
+                set_attention(self._inner, before)
 
 
 def stock_attention(model: PreTrainedModel) -> str:

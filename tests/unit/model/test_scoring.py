@@ -179,6 +179,19 @@ def test_recomputed_layers_see_the_same_segments(family: str, reentrant: bool) -
     assert model.config._attn_implementation != PACKED
 
 
+def test_a_pass_without_gradient_leaves_what_another_awaits_in_backward() -> None:
+    model, groups = tiny_model(), random_groups(3, seed=1)
+    kept = _ours(model, groups)
+    enable_gradient_checkpointing(model.train(), {"use_reentrant": False})
+    scorer = Scorer(model, layout="packed")
+    values = scorer(scorer.pack(groups)).values
+    with torch.no_grad():
+        scorer(scorer.pack(groups))
+    (values * torch.linspace(-1, 1, len(values))).sum().backward()
+    gradients = [parameter.grad for parameter in _trained(model)]
+    assert all(torch.equal(left, right) for left, right in zip(gradients, kept[1:], strict=True))
+
+
 def test_layers_below_what_trains_are_not_run_again() -> None:
     model = tiny_model(num_hidden_layers=3)
     model.requires_grad_(False)
