@@ -1,10 +1,13 @@
 """What it saves to score a live reference in one pass with the policy, against two passes.
 
-    python bench/one_pass.py                  # about 5 minutes; writes bench/results/one_pass.json
+    python bench/one_pass.py                  # about 7 minutes; writes bench/results/one_pass.json
     python bench/one_pass.py --quick          # shows that it runs, no more
 
 Shared layers: a pass over policy and reference with its backward, in turn with one in which the reference
 goes on from the policy's lowest layers. Medians of the ratio, in seconds and in processor time.
+
+Sharded weights: the same with LoRA on all layers, by FSDP2 in two processes of one thread each, where each
+layer is gathered once for policy and reference, against twice. Each process has passes of as many tokens.
 
 Weights in 8 and 4 bits: what bringing each weight back once for both could save at most, were it done: the
 time in which all of them are dequantised once.
@@ -12,6 +15,7 @@ time in which all of them are dequantised once.
 
 import argparse
 import copy
+import json
 import sys
 import tempfile
 import time
@@ -26,9 +30,11 @@ if __name__ == "__main__":  # run as a file: look for modules in the repository,
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from rich.table import Table
-from torch import nn
+from torch import multiprocessing, nn
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from bench.arena import CONSOLE, HERE, report, write
@@ -38,11 +44,13 @@ from fiducial.data.tokenize import TokenizedGroup
 from fiducial.model.loader import unfreeze
 from fiducial.model.quantisation import placement, prepare
 from fiducial.model.scoring import Scorer
+from fiducial.model.trunk import decoder_layers
 from fiducial.reference.holding import Bits
-from fiducial.reference.one_pass import beside_policy, on_trunk
+from fiducial.reference.one_pass import beside_policy, in_one_pass
 from fiducial.reference.sources import AdapterOff, LiveReference, Reference, SeparateModel
 
 LONGEST = 4096
+PROCESSES = 2
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Seconds = tuple[float, float]
 """On the wall, and of the processor; or ratios of them."""
@@ -53,6 +61,7 @@ def main(arguments: list[str]) -> int:
     options = _options(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shared = [row for tokens in options.tokens for row in _shared_layers(options, device, tokens)]
+    sharded = _sharded(options)
     held: list[tuple[Bits, torch.dtype | None]] = [
         (8, None),
         (8, torch.bfloat16),
@@ -61,9 +70,11 @@ def main(arguments: list[str]) -> int:
     ]
     quantised = [row for bits, autocast in held for row in _quantised(options, bits, autocast)]
     CONSOLE.print(_table("two passes over one, where the lowest layers are shared", shared))
+    CONSOLE.print(_table("two passes over one, where sharded layers are gathered once for both", sharded))
     CONSOLE.print(_table("two passes over one, at most, where each weight were brought back once", quantised))
     command = ["python", "bench/one_pass.py", *arguments]
-    write(options.output, report(command, options.shape, shared_layers=shared, quantised=quantised))
+    found = report(command, options.shape, shared_layers=shared, sharded=sharded, quantised=quantised)
+    write(options.output, found)
     return 0
 
 
@@ -98,10 +109,55 @@ def _compared(
     depth: int,
     groups: list[TokenizedGroup],
 ) -> dict[str, Any]:
-    joint = on_trunk(live, scorer, policy, depth, groups, tolerance=1e-3)
+    joint = in_one_pass(live, scorer, policy, depth, groups, tolerance=1e-3)
     ways = partial(_step, policy, live, groups), partial(_step, policy, joint, groups)
     ratios = [(two[0] / one[0], two[1] / one[1]) for two, one in _in_turn(options.repeats, *ways)]
     return _row(name, policy, groups, ratios)
+
+
+def _sharded(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each number of tokens, measured in processes of their own."""
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.spawn(_sharded_process, (options, Path(folder)), PROCESSES)  # type: ignore[no-untyped-call]  # torch types no spawn
+        rows: list[dict[str, Any]] = json.loads((Path(folder) / "rows.json").read_text())
+    return rows
+
+
+def _sharded_process(rank: int, options: argparse.Namespace, folder: Path) -> None:
+    torch.set_num_threads(1)
+    CONSOLE.quiet = rank > 0
+    dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=PROCESSES)
+    policy = _policy(options, torch.device("cpu"))
+    adapted = get_peft_model(policy.model, LoraConfig(r=16, target_modules=TARGETS)).train()
+    policy = Scorer(adapted, layout="packed")
+    off = AdapterOff(policy)
+    joint = in_one_pass(off, policy, policy, 0, _groups(192), tolerance=1e-3, in_step=True)
+    _shard(policy)
+    rows = []
+    for tokens in options.tokens:
+        groups = _groups(tokens)
+        ways = (partial(_together, partial(_step, policy, each, groups)) for each in (off, joint))
+        ratios = [(two[0] / one[0], two[1] / one[1]) for two, one in _in_turn(options.repeats, *ways)]
+        rows.append(_row("LoRA on all layers", policy, groups, ratios))
+    if rank == 0:
+        (folder / "rows.json").write_text(json.dumps(rows))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _shard(policy: Scorer) -> None:
+    """As accelerate does it: each layer is gathered by itself, and what is needed at both ends stays."""
+    model: Any = policy.model.get_base_model()
+    for layer in decoder_layers(policy.model):
+        fully_shard(layer)
+    fully_shard([model.model.norm, model.model.embed_tokens, model.lm_head], reshard_after_forward=False)
+    fully_shard(policy.model)
+
+
+def _together(way: Callable[[], None]) -> None:
+    dist.barrier()
+    way()
+    dist.barrier()
 
 
 def _quantised(

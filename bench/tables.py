@@ -40,9 +40,7 @@ def tables(report: Report) -> str:
     bodies = [_table(each) for each in report.get("comparisons", ())]
     steps = [_profile(report["steps"])] if "steps" in report else []
     cache = [_warm(report["warm"]), _cold(report["cold"])] if "warm" in report else []
-    passes = (
-        [_passes(report["shared_layers"]), _at_most(report["quantised"])] if "quantised" in report else []
-    )
+    passes = _passes(report) if "quantised" in report else []
     return "\n\n".join([f"{made} on {_conditions(report)}.", *bodies, *steps, *cache, *passes])
 
 
@@ -110,17 +108,19 @@ def _cold(cold: Sequence[Mapping[str, Any]]) -> str:
     return f"Cold scoring as a share of one training epoch: {shares}."
 
 
-def _passes(rows: Sequence[Mapping[str, Any]]) -> str:
-    return "\n".join(["Two passes over one, layers shared (median):", "", *_ratios(rows)])
+def _passes(report: Report) -> list[str]:
+    titles = {
+        "shared_layers": "Two passes over one, layers shared (median):",
+        "sharded": "Two passes over one, sharded layers gathered once for both (median, two processes):",
+        "quantised": "Two passes over one, at most, were each weight dequantised once for both (median):",
+    }
+    return [_ratios(title, report[name]) for name, title in titles.items() if name in report]
 
 
-def _at_most(rows: Sequence[Mapping[str, Any]]) -> str:
-    title = "Two passes over one, at most, were each weight dequantised once for both (median):"
-    return "\n".join([title, "", *_ratios(rows)])
-
-
-def _ratios(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    return [
+def _ratios(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = [
+        title,
+        "",
         "| | tokens a pass | seconds | processor seconds |",
         "|---|--:|--:|--:|",
         *(
@@ -128,6 +128,7 @@ def _ratios(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             for row in rows
         ),
     ]
+    return "\n".join(lines)
 
 
 def _profile(steps: Sequence[Mapping[str, Any]]) -> str:

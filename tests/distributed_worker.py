@@ -4,8 +4,11 @@ Writes, from rank 0, the gradients of each optimizer step, what was logged, and 
 """
 
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +19,15 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
+from fiducial import compat
 from fiducial.config.methods import TDPO2Config
 from fiducial.model.loader import unfreeze
 from fiducial.model.scoring import Scorer
-from fiducial.reference.one_pass import on_trunk
+from fiducial.reference.one_pass import in_one_pass
 from fiducial.reference.sources import AdapterOff, Reference, SeparateModel
 from fiducial.train import train
 from fiducial.training.trainer import PreferenceTrainer
@@ -53,6 +58,31 @@ class MeanPerProcess(PreferenceTrainer):
         return replace(super()._cut(groups), num_groups=alone)
 
 
+@contextmanager
+def counted_gathers() -> Iterator[Counter[int]]:
+    """How often FSDP2 gathers the weights of each layer."""
+    gathers: Counter[int] = Counter()
+    gather = _fsdp_param_group.foreach_all_gather
+
+    def counted(parameters: Any, *arguments: Any, **named: Any) -> Any:
+        names = [re.search(r"\.layers\.(\d+)\.", each._param_fqn) for each in parameters]
+        gathers.update({int(found[1]) for found in names if found})
+        return gather(parameters, *arguments, **named)
+
+    _fsdp_param_group.foreach_all_gather = counted
+    try:
+        yield gathers
+    finally:
+        _fsdp_param_group.foreach_all_gather = gather
+
+
+def counted_passes(model: nn.Module) -> Counter[bool]:
+    """How often `model` is called from now on with gradient, and without."""
+    passes: Counter[bool] = Counter()
+    model.get_input_embeddings().register_forward_hook(lambda *_: passes.update([torch.is_grad_enabled()]))
+    return passes
+
+
 def shard(trainer: PreferenceTrainer) -> None:
     """Make accelerate shard on the CPU, where it would silently replicate."""
     plugin = FullyShardedDataParallelPlugin(
@@ -76,7 +106,7 @@ def main(folder: Path, mode: str, budget: int, rows: int) -> None:
         layout="packed",
         callbacks=[gradients],
         method=TDPO2Config() if "tdpo" in mode else None,
-        live=live_reference(mode) if "tdpo" in mode or "trunk" in mode else None,
+        live=live_reference(mode) if {"tdpo", "trunk", "live", "step"} & set(mode.split("-")) else None,
         per_device_train_batch_size=4 // processes,
         per_device_eval_batch_size=2,
         max_steps=3,
@@ -90,8 +120,12 @@ def main(folder: Path, mode: str, budget: int, rows: int) -> None:
         trainer.__class__ = MeanPerProcess
     if "fsdp2" in mode:
         shard(trainer)
-    trainer.train()
+    passes = counted_passes(trainer.model)
+    with counted_gathers() as gathers:
+        trainer.train()
     result = {
+        "gathers": dict(gathers),
+        "passes": dict(passes),
         "gradients": gradients.steps,
         "logs": trainer.state.log_history,
         "fsdp2": isinstance(trainer.model_wrapped, FSDPModule),
@@ -104,6 +138,10 @@ def main(folder: Path, mode: str, budget: int, rows: int) -> None:
 
 def live_reference(mode: str) -> Callable[[Scorer], Reference]:
     """The adapter switched off, or a model of its own that is not sharded."""
+    if "step" in mode:
+        return lambda scorer: beside_layers(scorer, 1 if "upper" in mode else 0)
+    if "live" in mode:
+        return own_passes
     if "lora" in mode:
         return AdapterOff
     if "trunk" in mode:
@@ -114,7 +152,20 @@ def live_reference(mode: str) -> Callable[[Scorer], Reference]:
 def on_lowest_layer(scorer: Scorer) -> Reference:
     """The start again, as far as it is not the policy's own frozen layer."""
     second = Scorer(tiny_model(), layout=scorer.layout)
-    return on_trunk(SeparateModel(second), second, scorer, 1, random_groups(2), tolerance=1e-5)
+    return in_one_pass(SeparateModel(second), second, scorer, 1, random_groups(2), tolerance=1e-5)
+
+
+def beside_layers(scorer: Scorer, depth: int) -> Reference:
+    """The adapter switched off, in the policy's own calls of the layers from `depth` on."""
+    off = AdapterOff(scorer)
+    return in_one_pass(off, scorer, scorer, depth, random_groups(2), tolerance=1e-5, in_step=True)
+
+
+def own_passes(scorer: Scorer) -> Reference:
+    """The adapter switched off, asked once: a scorer's first pass also measures its head."""
+    off = AdapterOff(scorer)
+    off.token_logps(scorer.pack(random_groups(2)))
+    return off
 
 
 def run_settings(folder: Path) -> dict[str, Any]:
@@ -137,7 +188,10 @@ def policy(mode: str) -> Any:
     if "lora" not in mode:
         return model
     torch.manual_seed(0)
-    adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    upper = {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1]} if "upper" in mode else {}
+    adapted = get_peft_model(model, LoraConfig(**({"r": 4, "target_modules": "all-linear"} | upper)))
+    if "checkpointed" in mode:
+        compat.enable_gradient_checkpointing(adapted, {"use_reentrant": False})
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:

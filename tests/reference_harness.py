@@ -12,7 +12,7 @@ from fiducial.model.scoring import Scorer
 from fiducial.reference.cache import LogpStore, score_reference
 from fiducial.reference.fingerprint import identify
 from fiducial.reference.named_adapter import put_named_adapter, take_named_adapter
-from fiducial.reference.one_pass import beside_policy, on_trunk
+from fiducial.reference.one_pass import beside_policy, in_one_pass
 from fiducial.reference.plan import ReferencePlan, Schedule, Source
 from fiducial.reference.sources import LiveReference, Reference, build_reference, build_scoring_reference
 from tiny import random_groups, tiny_tokenizer
@@ -40,10 +40,12 @@ def reference_by_plan(plan: ReferencePlan, cfg: RunConfig, policy: Scorer, folde
         share_frozen_weights(policy.model, second.model)
     if plan.schedule is Schedule.LIVE:
         live = build_reference(plan, policy, second)
-        if not plan.shared_layers:
+        if not (plan.shared_layers or plan.gathered_once):
             return live
         assert isinstance(live, LiveReference)
-        return on_trunk(live, second or policy, policy, plan.shared_layers, GROUPS, tolerance=0)
+        depth, in_step = plan.shared_layers, plan.gathered_once
+        scorer = second or policy
+        return in_one_pass(live, scorer, policy, depth, GROUPS, tolerance=0, in_step=in_step)
     store = LogpStore(folder, identify(plan, second or policy))
     source = build_scoring_reference(plan, policy, second)
     score_reference(GROUPS, source, second or policy, store, token_budget=96)

@@ -1,6 +1,7 @@
 """The only place that touches third-party internals. Each entry says why, and when it can go."""
 
 import os
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -38,6 +39,23 @@ def peft_switch(
         for layer, was_disabled, was_active in before:
             layer._disable_adapters = was_disabled
             layer._active_adapter = was_active
+
+
+@contextmanager
+def without_hooks(module: nn.Module) -> Iterator[None]:
+    """Inside, a call of `module` runs its `forward` alone.
+
+    Sets the private `_forward_hooks` and `_forward_pre_hooks`. Those of FSDP2 gather the module's weights,
+    which is most of the cost of a call that multiplies nothing with them, and torch has no public way to call
+    a module without. Can go when torch has one
+    (https://github.com/pytorch/pytorch/blob/main/torch/nn/modules/module.py).
+    """
+    before = module._forward_hooks, module._forward_pre_hooks
+    module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        module._forward_hooks, module._forward_pre_hooks = before
 
 
 def use_one_device(args: TrainingArguments) -> None:

@@ -38,7 +38,7 @@ from fiducial.reference.kept import Kept
 from fiducial.reference.kinds import Source
 from fiducial.reference.moving import Follower, build_follower
 from fiducial.reference.named_adapter import put_named_adapter
-from fiducial.reference.one_pass import on_trunk
+from fiducial.reference.one_pass import in_one_pass
 from fiducial.reference.sources import (
     InitialPolicy,
     LiveReference,
@@ -196,12 +196,21 @@ def _in_one_pass(
     groups: list[TokenizedGroup],
     tolerance: float,
 ) -> Reference:
-    """`reference` on the layers it shares with the policy; as it is where there are none."""
-    if not run.plan.shared_layers:
+    """`reference` in the policy's pass as far as planned; as it is where each has a pass of its own."""
+    if not (run.plan.shared_layers or run.plan.gathered_once):
         return reference
     assert isinstance(reference, LiveReference), "only a live reference shares a pass"
     try:
-        return on_trunk(reference, scorer, policy.scorer, run.plan.shared_layers, groups, tolerance=tolerance)
+        with all_or_none():  # a process with other passes would leave the others waiting
+            return in_one_pass(
+                reference,
+                scorer,
+                policy.scorer,
+                run.plan.shared_layers,
+                groups,
+                tolerance=tolerance,
+                in_step=run.plan.gathered_once,
+            )
     except ModelError as error:
         warn(run.console, f"{error} Each has a pass of its own.")
         return reference

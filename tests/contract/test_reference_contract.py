@@ -5,7 +5,7 @@ For every kind of training and both schedules, with the source the plan itself c
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,12 @@ KINDS: dict[str, Kind] = {
 }
 
 
+GATHERED_ONCE = {
+    *("lora", "lora with dropout", "lora, upper layer", "random start, upper layer", "rslora", "dora"),
+    *("pissa", "olora", "random start", "resumed"),
+}
+"""Kinds whose reference has the policy's layers, with nothing trained below them."""
+
 STANDING = (Schedule.LIVE, Schedule.PRECOMPUTED)
 """Schedules of a reference that does not move."""
 
@@ -108,9 +114,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def configure(folder: Path, kind: Kind, schedule: Schedule) -> RunConfig:
+def configure(folder: Path, kind: Kind, schedule: Schedule, **more: Any) -> RunConfig:
     keys = {"base_model": str(folder / kind.base), "rl": "dpo", "reference": {"schedule": schedule.value}}
-    keys |= kind.keys
+    keys |= kind.keys | more
     if "lora_model_dir" in keys:
         keys["lora_model_dir"] = str(folder / "adapter")
     return validate_config(keys)
@@ -143,6 +149,25 @@ def test_the_planned_reference_is_the_starting_policy(
     assert check_unmoved(proof, policy, reference, GROUPS) == 0
     moved = SeparateModel(policy)
     assert furthest(answers(moved, policy), start) > MOVED, "training that moves nothing proves nothing"
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_gathering_layers_once_trains_what_two_passes_do(
+    checkpoints: Path, tmp_path: Path, name: str
+) -> None:
+    cfg = configure(checkpoints, KINDS[name], Schedule.LIVE, fsdp_version=2)
+    plan = plan_reference(cfg, gather_facts(cfg))
+    assert plan.gathered_once == (name in GATHERED_ONCE)
+    if not plan.gathered_once:
+        return
+    trained = []
+    for each in (plan, replace(plan, gathered_once=False, shared_layers=0)):
+        policy = load_policy(cfg)
+        reference = reference_by_plan(each, cfg, policy, tmp_path)
+        torch.manual_seed(0)  # of the dropout
+        train(policy, reference)
+        trained.append(torch.cat([value.detach().flatten() for value in policy.model.parameters()]))
+    assert torch.equal(*trained)
 
 
 def test_every_source_and_schedule_is_reached() -> None:

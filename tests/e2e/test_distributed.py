@@ -12,6 +12,7 @@ from launching import torchrun
 
 WORKER = Path(__file__).parents[1] / "distributed_worker.py"
 TDPO = ("tdpo-full", "tdpo-full-fsdp2", "tdpo-tied-fsdp2", "tdpo-lora-fsdp2")
+IN_STEP = ("lora-step-fsdp2", "lora-upper-step-checkpointed-fsdp2")
 MODES = (
     "full",
     "lora",
@@ -21,6 +22,8 @@ MODES = (
     "lora-fsdp2",
     "trunk",
     "trunk-fsdp2",
+    "lora-live-fsdp2",
+    *IN_STEP,
     *TDPO,
 )
 BUDGET = 60  # the processes need different numbers of micro-batches
@@ -74,6 +77,27 @@ def test_two_processes_train_as_one(tmp_path: Path, two_processes: dict[str, dic
     for name in ("loss", "rewards/margins", "kl", "eval_loss", "eval_rewards/margins", *divergences):
         assert logged(together, name) == pytest.approx(logged(alone, name), rel=1e-4, abs=1e-5)
     assert len(logged(together, "loss")) == 3
+
+
+def test_layers_are_gathered_once_for_policy_and_reference(two_processes: dict[str, dict]) -> None:
+    apart, together, upper = (two_processes[mode] for mode in ("lora-live-fsdp2", *IN_STEP))
+    trained = apart["passes"][True]
+    evaluated = (apart["passes"][False] - trained) // 2  # the policy's passes and the reference's
+    assert trained > 3
+    assert evaluated > 1
+    # In each pass of the policy, and in backward, for which FSDP2 also gathers a layer below the adapter.
+    once = 2 * trained + evaluated
+    assert apart["passes"] == together["passes"] == upper["passes"]
+    assert apart["gathers"] == dict.fromkeys((0, 1), once + trained + evaluated)
+    assert together["gathers"] == upper["gathers"] == dict.fromkeys((0, 1), once)
+
+
+def test_gathering_layers_once_changes_nothing(two_processes: dict[str, dict]) -> None:
+    apart, together = two_processes["lora-live-fsdp2"], two_processes["lora-step-fsdp2"]
+    assert distances(apart, together) == [0, 0, 0]
+    for name in ("loss", "rewards/margins", "eval_loss"):
+        assert logged(together, name) == logged(apart, name) != []
+    assert min(map(abs, logged(together, "rewards/margins"))) > 1e-3
 
 
 def test_the_mean_of_each_process_would_be_another_gradient(

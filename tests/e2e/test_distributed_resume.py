@@ -11,6 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fiducial.run_report import PLAN_FILE
 from fiducial.train import train
 from fiducial.training.callbacks import read_metrics_lines
 from launching import two_processes
@@ -112,6 +113,12 @@ def test_a_sharded_run_leaves_the_whole_model_of_one_process(together: Path, kin
     assert max((found[name] - expected[name]).abs().max().item() for name in expected) < 1e-5
     for (_, ours), (_, theirs) in zip(losses(sharded), losses(together / kind / "alone"), strict=True):
         assert math.isclose(ours, theirs, rel_tol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["sharded adapter, live reference", "sharded adapter, named", "sharded"])
+def test_an_adapters_layers_are_gathered_once_for_its_live_reference(together: Path, kind: str) -> None:
+    plan = json.loads((together / kind / "whole" / PLAN_FILE).read_text(encoding="utf-8"))["reference"]
+    assert plan["gathered_once"] == ("adapter" in kind)
 
 
 @pytest.mark.parametrize("kind", ONE_PROCESS)

@@ -46,7 +46,7 @@ def test_one_pass_trains_what_two_train(
     assert together.plan.shared_layers == 1
     assert together.plan.frozen_held_once
     assert "cannot share" not in said
-    monkeypatch.setattr(prepare, "on_trunk", refuse)
+    monkeypatch.setattr(prepare, "in_one_pass", refuse)
     apart, theirs, said = run(tmp_path, **settings, output_dir=str(tmp_path / "apart"))
     assert "this is a test. Each has a pass of its own." in said
     assert set(ours) == set(theirs)

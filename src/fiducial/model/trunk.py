@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fiducial.compat import without_hooks
 from fiducial.errors import ModelError
 from fiducial.model.logit_rule import backbone
 from fiducial.model.redirection import causal_lm, swapped_forward
@@ -49,10 +50,14 @@ def recorded(model: nn.Module, trunk: Trunk) -> Iterator[None]:
 
 @contextmanager
 def replayed(model: nn.Module, trunk: Trunk) -> Iterator[None]:
-    """Inside, the lowest layers of `model` compute nothing and answer what `trunk` has recorded."""
+    """Inside, the lowest layers of `model` compute nothing and answer what `trunk` has recorded.
+
+    Their hooks are left out: FSDP2 would gather weights that nothing is multiplied with.
+    """
     with ExitStack() as stack:
         for layer in decoder_layers(model)[: trunk.depth]:
             stack.enter_context(swapped_forward(layer, lambda *_, **__: trunk.said))
+            stack.enter_context(without_hooks(layer))
         yield
 
 

@@ -106,6 +106,7 @@ def _reference(plan: ReferencePlan) -> Report:
         "equals_starting_policy": plan.equals_starting_policy,
         "approximate": plan.approximate,
         "shared_layers": plan.shared_layers,
+        "gathered_once": plan.gathered_once,
         "frozen_held_once": plan.frozen_held_once,
         "why": plan.why,
         "notes": list(plan.notes),

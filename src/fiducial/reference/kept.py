@@ -59,7 +59,7 @@ class Kept:
 
     @contextmanager
     def beside_policy(self, batch: PackedBatch) -> Iterator[Answer]:
-        """Inside, the policy scores `batch`, which `live` may look at if it must score all of it.
+        """Inside, the policy scores `batch`, which `live` may look at where every process must score all.
 
         Raises:
             TrainingError: A log-prob is not finite.
@@ -68,7 +68,7 @@ class Kept:
         if not any_process(bool(wanted), batch.target.device):
             logps = self._read(batch)
             yield lambda: logps
-        elif isinstance(self.live, BesidePolicy) and _is_all(wanted, batch):
+        elif isinstance(self.live, BesidePolicy) and self._all_wanted_everywhere(wanted, batch):
             with self.live.beside_policy(batch) as answer:
                 yield lambda: self._kept(wanted, answer(), batch)
         else:
@@ -94,6 +94,10 @@ class Kept:
 
     def _wanted(self, batch: PackedBatch) -> list[TokenizedGroup]:
         return [lacking for group in batch.groups if (lacking := self.store.missing(group)) is not None]
+
+    def _all_wanted_everywhere(self, wanted: list[TokenizedGroup], batch: PackedBatch) -> bool:
+        # Where weights are sharded, every process must gather them for the same passes.
+        return not any_process(not _is_all(wanted, batch), batch.target.device)
 
     def _score(self, wanted: list[TokenizedGroup], batch: PackedBatch) -> None:
         asked = batch if _is_all(wanted, batch) else self.policy.pack(wanted).to(batch.target.device)

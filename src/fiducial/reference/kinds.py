@@ -104,6 +104,9 @@ class ReferencePlan:
     shared_layers: int = 0
     """How many of the lowest layers a live reference has computed by the policy's own pass."""
 
+    gathered_once: bool = False
+    """Whether sharded weights of each layer above these are gathered once for policy and reference."""
+
     frozen_held_once: bool = False
     """Whether a second model holds only the weights that are trained, and shares the others."""
 

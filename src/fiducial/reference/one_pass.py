@@ -1,7 +1,8 @@
 """A reference scored together with the policy, in one pass over what both have in common.
 
-The policy passes first, and below the lowest layer that trains its pass is the reference's too, which goes on
-from there. Two passes are the naive way, and what everything else that asks a reference still makes.
+Below the lowest layer that trains the policy's pass is the reference's too, which goes on from there. Above,
+each computes for itself: the reference afterwards, or where weights are gathered for each call of a layer, in
+the same call. Two passes are the naive way, and what everything else that asks a reference still makes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,9 +17,10 @@ from fiducial.data.tokenize import TokenizedGroup
 from fiducial.errors import ModelError
 from fiducial.logps import TokenLogps
 from fiducial.model.divergence import Distribution
+from fiducial.model.in_step import Beside, InStepError, in_step
 from fiducial.model.scoring import Scorer
 from fiducial.model.trunk import Trunk, decoder_layers, recorded, replayed
-from fiducial.reference.sources import LiveReference, Reference
+from fiducial.reference.sources import LiveReference, OnPolicysWeights, Reference
 
 Answer = Callable[[], TokenLogps | None]
 
@@ -47,15 +49,17 @@ def beside_policy(reference: Reference, batch: PackedBatch) -> Iterator[Answer]:
 
 
 @dataclass(frozen=True, slots=True)
-class OnTrunk:
-    """A live reference that goes on from where the policy's lowest layers leave a batch."""
+class OnePass:
+    """A live reference that goes on from where the policy's lowest layers leave a batch, or beside it."""
 
     reference: LiveReference
     scorer: Scorer
     """Scores the reference: the second model's, or the policy's own."""
     policy: Scorer
     depth: int
-    """How many layers are computed once."""
+    """How many of the lowest layers are computed once."""
+    in_step: bool = False
+    """Whether each layer above them computes for both in one call."""
 
     def token_logps(self, batch: PackedBatch) -> TokenLogps | None:
         """Log-probs of the batch in a pass of the reference's own."""
@@ -67,25 +71,37 @@ class OnTrunk:
 
     @contextmanager
     def beside_policy(self, batch: PackedBatch) -> Iterator[Answer]:
-        """The policy's pass is watched; the answer passes the upper layers alone."""
+        """The policy's pass is watched; the answer passes what is left, the upper layers or only the head."""
         with self.watched(batch) as (_, answer):
             yield answer
 
     @contextmanager
-    def watched(self, batch: PackedBatch) -> Iterator[tuple[Trunk, Answer]]:
-        """As `beside_policy`, with what is seen."""
-        trunk = Trunk(self.depth)
+    def watched(self, batch: PackedBatch, *, traced: bool = False) -> Iterator[tuple[Trunk, Answer]]:
+        """As `beside_policy`, with what is seen; `traced` back to what trains in it."""
+        trunk, seeing = self._seeing(traced)
 
         def answer() -> TokenLogps | None:
             assert trunk.said is not None, "the policy has made no pass"
             with replayed(self.scorer.model, trunk):
                 return self.reference.token_logps(batch)
 
-        with recorded(self.policy.model, trunk):
+        with seeing:
             yield trunk, answer
 
+    def _seeing(self, traced: bool) -> tuple[Trunk, AbstractContextManager[None]]:
+        """What the reference has no more to pass, and the watching of the policy's pass for it."""
+        if not self.in_step:
+            trunk = Trunk(self.depth)
+            return trunk, recorded(self.policy.model, trunk)
+        assert isinstance(self.reference, OnPolicysWeights), (
+            "its weights are not those of the policy's layers"
+        )
+        trunk = Trunk(len(decoder_layers(self.policy.model)))
+        beside = Beside(trunk, self.reference.switch, traced)
+        return trunk, in_step(self.policy.model, self.depth, beside)
 
-def on_trunk(
+
+def in_one_pass(
     reference: LiveReference,
     scorer: Scorer,
     policy: Scorer,
@@ -93,34 +109,41 @@ def on_trunk(
     groups: Sequence[TokenizedGroup],
     *,
     tolerance: float,
-) -> OnTrunk:
-    """`reference` on the policy's lowest `depth` layers, where that was measured to answer the same.
+    in_step: bool = False,
+) -> OnePass:
+    """`reference` in the policy's pass, where that was measured to answer the same.
 
     Args:
         reference: What is scored live.
         scorer: Scores it.
         policy: Scores the policy.
-        depth: Lowest layers that hold nothing that is trained.
+        depth: Lowest layers that hold nothing that is trained, and are computed once.
         groups: A few real ones.
         tolerance: Nats a token that can be rounding.
+        in_step: Whether each layer above computes for both in one call.
 
     Raises:
         ModelError: It would not be the same reference.
     """
-    if reason := _why_not(found := OnTrunk(reference, scorer, policy, depth), groups, tolerance):
-        raise ModelError(f"policy and reference cannot share their lowest {depth} layers: {reason}.")
+    found = OnePass(reference, scorer, policy, depth, in_step)
+    if reason := _why_not(found, groups, tolerance):
+        what = "pass each layer in one call" if in_step else f"share their lowest {depth} layers"
+        raise ModelError(f"policy and reference cannot {what}: {reason}.")
     return found
 
 
-def _why_not(joint: OnTrunk, groups: Sequence[TokenizedGroup], tolerance: float) -> str | None:
+def _why_not(joint: OnePass, groups: Sequence[TokenizedGroup], tolerance: float) -> str | None:
     if any(len(decoder_layers(each.model)) < joint.depth for each in (joint.scorer, joint.policy)):
         return "there are not so many, one after another"
     if joint.scorer.layout != joint.policy.layout:
         return f"rows are {joint.policy.layout} for one and {joint.scorer.layout} for the other"
     batch = joint.policy.pack(groups).to(joint.policy.model.device)
     alone = joint.token_logps(batch)  # first: a scorer's first call also measures its head
-    with torch.enable_grad(), joint.watched(batch) as (trunk, answer):
-        joint.policy(batch)
+    try:
+        with torch.enable_grad(), joint.watched(batch, traced=True) as (trunk, answer):
+            joint.policy(batch)
+    except InStepError as error:
+        return str(error)
     if trunk.has_gradient:
         return "something that trains has a part in them"
     together = answer()

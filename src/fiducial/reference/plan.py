@@ -152,6 +152,7 @@ def _described(cfg: RunConfig, facts: Facts, source: Source, schedule: Schedule)
         sync=_sync(cfg) if schedule is Schedule.SYNCED else None,
         writes_through=writes_through(cfg, schedule),
         shared_layers=0 if shared is None else shared.layers,
+        gathered_once=shared is not None and shared.gathered_once,
         frozen_held_once=holds_frozen_once(cfg, source, schedule),
     )
 

@@ -5,11 +5,13 @@ found it: training modes, adapters and `requires_grad` are back before the polic
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
 from peft import PeftModel
+from torch import nn
 
 from fiducial.data.batch import PackedBatch
 from fiducial.data.tokenize import TokenIds
@@ -42,6 +44,15 @@ class LiveReference(Reference, Protocol):
         ...
 
 
+@runtime_checkable
+class OnPolicysWeights(LiveReference, Protocol):
+    """One that is the policy's own model, with other adapters."""
+
+    def switch(self, part: nn.Module) -> AbstractContextManager[None]:
+        """Inside, `part` of the policy's model computes for the reference."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class NoReference:
     """The loss needs none."""
@@ -70,13 +81,17 @@ class AdapterOff:
 
     def token_logps(self, batch: PackedBatch) -> TokenLogps:
         """Log-probs under the policy's base."""
-        with adapters_off(self.scorer.model):
+        with self.switch(self.scorer.model):
             return _score_frozen(self.scorer, batch)
 
     def distribution(self, batch: PackedBatch) -> tuple[TokenLogps, Distribution]:
         """Log-probs and distributions under the policy's base."""
-        with adapters_off(self.scorer.model):
+        with self.switch(self.scorer.model):
             return _distribution(self.scorer, batch)
+
+    def switch(self, part: nn.Module) -> AbstractContextManager[None]:
+        """Inside, `part` of the policy's model has its adapter switched off."""
+        return adapters_off(part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +103,17 @@ class FrozenAdapter:
 
     def token_logps(self, batch: PackedBatch) -> TokenLogps:
         """Log-probs under the base and the adapter `name`."""
-        with active_adapter(self.scorer.model, self.name):
+        with self.switch(self.scorer.model):
             return _score_frozen(self.scorer, batch)
 
     def distribution(self, batch: PackedBatch) -> tuple[TokenLogps, Distribution]:
         """Log-probs and distributions under the base and the adapter `name`."""
-        with active_adapter(self.scorer.model, self.name):
+        with self.switch(self.scorer.model):
             return _distribution(self.scorer, batch)
+
+    def switch(self, part: nn.Module) -> AbstractContextManager[None]:
+        """Inside, `part` of the policy's model computes with the adapter `name`."""
+        return active_adapter(part, self.name)
 
 
 @dataclass(frozen=True, slots=True)

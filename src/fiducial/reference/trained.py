@@ -96,6 +96,12 @@ def untrained_layers(cfg: RunConfig, facts: Facts) -> int:
     return min(map(below, _trained_names(cfg, facts)), default=0)
 
 
+def trains_below_layers(cfg: RunConfig, facts: Facts) -> bool:
+    """Whether something is trained that the lowest layer reads, or that cannot be placed by its name."""
+    names = _trained_names(cfg, facts)
+    return any(layer_of(name) is None and not _ABOVE_LAYERS.search(name) for name in names)
+
+
 def _trained_names(cfg: RunConfig, facts: Facts) -> Iterator[str]:
     """Weights and modules in which something is trained; "" for what has no name here."""
     tensors = facts.model.tensors

@@ -37,7 +37,7 @@ class TimedReference:
 
     @contextmanager
     def beside_policy(self, batch: PackedBatch) -> Iterator[Answer]:
-        """Log-probs of the batch after the policy's pass, which is not counted."""
+        """Log-probs of the batch after the policy's pass, which is not counted, whatever else it computes."""
         with ExitStack() as stack:
             with self._timed():
                 answer = stack.enter_context(beside_policy(self.reference, batch))

@@ -19,7 +19,7 @@ from fiducial.model.trunk import decoder_layers
 from fiducial.reference.cache import LogpStore
 from fiducial.reference.identity import Identity
 from fiducial.reference.kept import Kept
-from fiducial.reference.one_pass import BesidePolicy, OnTrunk, beside_policy, on_trunk
+from fiducial.reference.one_pass import BesidePolicy, OnePass, beside_policy, in_one_pass
 from fiducial.reference.sources import AdapterOff, FrozenAdapter, SeparateModel
 from fiducial.training.step_clock import TimedReference
 from tiny import random_groups, tiny_model
@@ -52,8 +52,8 @@ def move(policy: Scorer) -> None:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
-def joined(policy: Scorer, reference: Any, scorer: Scorer, groups: Any = GROUPS) -> OnTrunk:
-    return on_trunk(reference, scorer, policy, DEPTH, groups, tolerance=0)
+def joined(policy: Scorer, reference: Any, scorer: Scorer, groups: Any = GROUPS) -> OnePass:
+    return in_one_pass(reference, scorer, policy, DEPTH, groups, tolerance=0)
 
 
 def together(policy: Scorer, reference: Any) -> list[Tensor]:
@@ -68,7 +68,7 @@ def together(policy: Scorer, reference: Any) -> list[Tensor]:
     return [values, compared, *(each.grad for each in policy.model.parameters() if each.requires_grad)]
 
 
-def assert_as_apart(policy: Scorer, joint: OnTrunk) -> None:
+def assert_as_apart(policy: Scorer, joint: OnePass) -> None:
     for ours, theirs in zip(together(policy, joint), together(policy, joint.reference), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -91,7 +91,7 @@ def test_it_holds_under(setting: str) -> None:
     second = second_of(policy)
     if setting == "checkpointing":
         compat.enable_gradient_checkpointing(policy.model, {"use_reentrant": False})
-    joint = on_trunk(SeparateModel(second), second, policy, DEPTH, GROUPS, tolerance=1e-5)
+    joint = in_one_pass(SeparateModel(second), second, policy, DEPTH, GROUPS, tolerance=1e-5)
     move(policy)
     ours, theirs = together(policy, joint), together(policy, joint.reference)
     for one, two in zip(ours, theirs, strict=True):
@@ -148,8 +148,8 @@ def test_a_layer_that_trains_is_no_part_of_the_trunk() -> None:
     second = second_of(policy)
     source = SeparateModel(second)
     with pytest.raises(ModelError, match="lowest 3 layers: something that trains has a part in them"):
-        on_trunk(source, second, policy, 3, GROUPS, tolerance=1.0)
-    wrong = OnTrunk(source, second, policy, 3)  # unmeasured
+        in_one_pass(source, second, policy, 3, GROUPS, tolerance=1.0)
+    wrong = OnePass(source, second, policy, 3)  # unmeasured
     move(policy)
     ours, theirs = together(policy, wrong)[1], together(policy, source)[1]
     assert (ours - theirs).abs().max() > MOVED, "were it taken, the reference would move with the policy"
@@ -179,7 +179,7 @@ def test_what_cannot_be_laid_side_by_side() -> None:
         joined(policy, SeparateModel(padded), padded)
     second = second_of(policy)
     with pytest.raises(ModelError, match="not so many"):
-        on_trunk(SeparateModel(second), second, policy, 5, GROUPS, tolerance=0)
+        in_one_pass(SeparateModel(second), second, policy, 5, GROUPS, tolerance=0)
 
 
 def test_the_clock_and_the_cache_let_it_through(tmp_path: Path) -> None:
@@ -203,6 +203,22 @@ def test_the_clock_and_the_cache_let_it_through(tmp_path: Path) -> None:
         policy(policy.pack(GROUPS))
     assert answer() is not None
     assert counted == [1], "only what has no record is scored, in a pass of its own"
+
+
+def test_processes_share_the_policys_pass_or_none_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = policy_of()
+    second = second_of(policy)
+    joint = joined(policy, SeparateModel(second), second)
+    kept = Kept(joint, policy, LogpStore(tmp_path, Identity("base", "0", "float32", "None")), tell=print)
+    counted: list[int] = []
+    decoder_layers(second.model)[0].mlp.register_forward_hook(lambda *_: counted.append(1))
+    monkeypatch.setattr("fiducial.reference.kept.any_process", lambda here, device: True)
+    with beside_policy(kept, policy.pack(GROUPS)) as answer:
+        policy(policy.pack(GROUPS))
+    answer()
+    assert counted == [1], "another process has records of some of its rows, and makes a pass for the others"
 
 
 def test_a_reference_with_its_own_pass_makes_it_first() -> None:

@@ -10,7 +10,7 @@ from fiducial.config.schema import DistributedConfig
 from fiducial.reference.alternatives import relative_time
 from fiducial.reference.facts import Facts
 from fiducial.reference.memory import estimate_memory
-from fiducial.reference.plan import ReferencePlan, plan_reference
+from fiducial.reference.plan import ReferencePlan, Source, plan_reference
 from fiducial.reference.shapes import implied_tensors
 from fiducial.reference.trained import layer_of, untrained_layers
 from planning import facts_of, run
@@ -110,6 +110,72 @@ def test_sharded_weights_are_held_twice_and_computed_once() -> None:
     cfg = cfg.model_copy(update={"distributed": DistributedConfig(fsdp_version=2)})
     found = plan_reference(cfg, facts_for(cfg))
     assert (found.shared_layers, found.frozen_held_once) == (2, False)
+
+
+def sharded_plan(reference: Any = LIVE, fsdp_config: Any = None, **settings: Any) -> ReferencePlan:
+    cfg = run(reference=reference, **settings)
+    cfg = cfg.model_copy(update={"distributed": DistributedConfig(fsdp_version=2, fsdp_config=fsdp_config)})
+    return plan_reference(cfg, facts_for(cfg))
+
+
+QUERIES = {"target_modules": ("q_proj",)}
+UPPER_QUERIES = QUERIES | {"layers_to_transform": (2, 3)}
+
+
+@pytest.mark.parametrize(
+    ("adapter", "layers", "said"),
+    [
+        (QUERIES, 0, "The sharded weights of each layer are gathered once for both."),
+        (
+            UPPER_QUERIES,
+            2,
+            "both compute them once. The sharded weights of each layer above are gathered once for both.",
+        ),
+        (QUERIES | {"path": "sft"}, 0, "a pass of its own: the adapter begins in the lowest layer, or below"),
+    ],
+    ids=["all layers", "upper layers", "where its tensors are unseen"],
+)
+def test_an_adapters_sharded_layers_are_gathered_once(adapter: Any, layers: int, said: str) -> None:
+    found = sharded_plan(adapter=adapter)
+    assert (found.shared_layers, found.gathered_once) == (layers, "gathered once" in said)
+    assert said in found.why
+    assert not plan(adapter=adapter).gathered_once, "without sharding there is nothing to gather"
+
+
+def test_a_named_adapter_goes_through_the_policys_layers() -> None:
+    found = sharded_plan(LIVE | {"adapter": "other"}, adapter=QUERIES)
+    assert (found.source, found.gathered_once) == (Source.FROZEN_ADAPTER, True)
+    assert sharded_plan(LIVE | {"adapter": "other"}, adapter=UPPER_QUERIES).shared_layers == 0, (
+        "where that one begins is not looked at"
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"adapter": {"target_modules": ("embed_tokens", "q_proj")}}, "what the lowest layer reads may be"),
+        ({"adapter": QUERIES | {"modules_to_save": ("embed_tokens",)}}, "what the lowest layer reads may be"),
+        ({"fsdp_config": {"reshard_after_forward": False}}, "weights stay gathered"),
+        ({"fsdp_config": {"reshard_after_forward": "false"}}, "weights stay gathered"),
+        ({"fsdp_config": {"auto_wrap_policy": "SIZE_BASED_WRAP"}}, "it is not layers"),
+        ({"reference": LIVE | {"source": "separate_model"}}, "each has weights of its own"),
+        ({"method": TDPO1Config()}, "already reads the reference's distributions"),
+        (
+            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+            "reentrant checkpoints",
+        ),
+    ],
+    ids=str,
+)
+def test_what_gathers_twice(settings: dict[str, Any], why: str) -> None:
+    found = sharded_plan(**({"adapter": QUERIES} | settings))
+    assert not found.gathered_once
+    assert why in found.why.partition("Each has a pass of its own: ")[2]
+
+
+def test_an_adapter_above_the_layers_leaves_nothing_to_gather_twice() -> None:
+    found = sharded_plan(adapter={"target_modules": ("lm_head",)})
+    assert (found.shared_layers, found.gathered_once) == (4, False)
 
 
 @pytest.mark.parametrize("schedule", ["precomputed", "synced"])
