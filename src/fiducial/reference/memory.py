@@ -19,7 +19,7 @@ from fiducial.reference.trained import count_trained, layer_of
 
 When = Literal["throughout", "training", "scoring"]
 
-LARGEST_BUDGET = {"cpu": 2_048, "gpu": 16_384}
+LARGEST_BUDGET = {"cpu": 3_072, "gpu": 16_384}
 """Tokens of one pass beyond which matrix products are no faster (docs/performance.md)."""
 _KEPT = {"cpu": "in the CPU's memory", "disk": "on disk"}
 _SPARE = 0.8
