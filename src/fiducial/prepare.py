@@ -117,8 +117,7 @@ def prove(
         require_adapter_off(policy.scorer, groups)
     second = None if run.precomputes else _second_model(run, policy, device)
     if not run.precomputes:
-        with all_or_none():
-            put_named_adapter(run.plan, policy.model, pickle=run.cfg.model.allow_pickle_weights)
+        put_named_adapter(run.plan, policy.model, pickle=run.cfg.model.allow_pickle_weights)
     reference = build_reference(run.plan, policy.scorer, second, None if ahead is None else ahead.store)
     if ahead is not None and isinstance(reference, Precomputed):
         reference = replace(reference, same_arithmetic=ahead.same_arithmetic)

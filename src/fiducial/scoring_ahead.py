@@ -57,8 +57,7 @@ def score_ahead(
         return _ask_server(run, policy, _datasets(run.data) if datasets is None else datasets)
     second = load_second_model(run, device)
     scorer = second or policy.scorer
-    with all_or_none():
-        put_named_adapter(run.plan, policy.model, pickle=run.cfg.model.allow_pickle_weights)
+    put_named_adapter(run.plan, policy.model, pickle=run.cfg.model.allow_pickle_weights)
     store = open_records(run, identify_unchanged(run, scorer))
     reference = build_scoring_reference(run.plan, policy.scorer, second)
     noise = fill(
@@ -87,8 +86,8 @@ def identify_reference(run: Run, policy: Policy, second: Scorer | None) -> Ident
     """
     if run.plan.checkpoint is not None and run.plan.source is Source.ENDPOINT:
         return identify_served(run.plan.checkpoint)
+    put_named_adapter(run.plan, policy.model, pickle=run.cfg.model.allow_pickle_weights)
     with all_or_none():
-        put_named_adapter(run.plan, policy.model, pickle=run.cfg.model.allow_pickle_weights)
         return identify_loaded(run.cfg, run.plan, run.tokenizer, second or policy.scorer)
 
 

@@ -12,20 +12,18 @@ a is the byte width of products, s of the residual stream. With gradient checkpo
 alone, s · h, and one layer at a time is stored in full.
 """
 
-import re
 from dataclasses import dataclass, replace
 
 from fiducial.config.schema import RunConfig
 from fiducial.reference.facts import Facts
 from fiducial.reference.precision import BYTES, HeldPrecision
-from fiducial.reference.trained import target_weights, untrained_layers
+from fiducial.reference.trained import name_in_first_layer, target_weights, untrained_layers
 
 HEAD_KEPT_BYTES = 256 * 2**20
 """Logits a trained head holds from forward to backward (`model.head` has the same number)."""
 HEAD_CHUNK_LOGITS = {"cpu": 2**20, "gpu": 2**26}
 HEAD_SMALLEST_CHUNK = 512
 """Logits the head makes at a time, and the fewest vocabulary entries of a chunk."""
-_FIRST_LAYER = re.compile(r"\.(?:layers|layer|h|blocks)\.0\.(.+)$")
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv")
 _UP = ("gate_proj", "up_proj", "gate_up_proj", "dense_h_to_4h", "fc1", "c_fc", "w1", "w3")
 _DOWN = ("down_proj", "dense_4h_to_h", "fc2", "w2")
@@ -156,8 +154,8 @@ def _readers(cfg: RunConfig, facts: Facts) -> _Readers:
     }
     if cfg.adapter is not None:
         targets = {module for module, _ in target_weights(cfg.adapter, facts)}
-        found = (_FIRST_LAYER.search(f"{module}.weight") for module in targets)
-        trained = {match[1] for match in found if match}
+        found = (name_in_first_layer(f"{module}.weight") for module in targets)
+        trained = {name for name in found if name is not None}
 
     def count(ends: tuple[str, ...]) -> int:
         return len({name.split(".")[-2] for name in trained if name.split(".")[-2] in ends})
@@ -178,5 +176,5 @@ def _norm_width(facts: Facts) -> int:
 
 
 def _first_layer(facts: Facts) -> dict[str, tuple[int, ...]]:
-    found = ((_FIRST_LAYER.search(name), tensor) for name, tensor in facts.model.tensors.items())
-    return {match[1]: tensor.shape for match, tensor in found if match}
+    found = ((name_in_first_layer(name), tensor) for name, tensor in facts.model.tensors.items())
+    return {name: tensor.shape for name, tensor in found if name is not None}

@@ -3,12 +3,15 @@
 from peft import PeftModel
 from torch import nn
 
+from fiducial.agreement import all_or_none
 from fiducial.model.adapters import REFERENCE_ADAPTER, add_reference_adapter
 from fiducial.reference.plan import ReferencePlan, Source
 
 
 def put_named_adapter(plan: ReferencePlan, policy: nn.Module, *, pickle: bool) -> None:
     """Put the plan's adapter beside the policy's, where the plan has one and it is not there yet.
+
+    All processes must call it; none goes on without the others.
 
     Raises:
         ModelError: It is missing, damaged, only there as pickle, or was trained on another base.
@@ -19,7 +22,8 @@ def put_named_adapter(plan: ReferencePlan, policy: nn.Module, *, pickle: bool) -
     assert plan.checkpoint.adapter is not None, "another policy was named"
     assert isinstance(policy, PeftModel), "planned beside another adapter alone"
     if REFERENCE_ADAPTER not in policy.peft_config:
-        add_reference_adapter(policy, plan.checkpoint.adapter, pickle=pickle)
+        with all_or_none():
+            add_reference_adapter(policy, plan.checkpoint.adapter, pickle=pickle)
 
 
 def take_named_adapter(plan: ReferencePlan, policy: nn.Module) -> None:

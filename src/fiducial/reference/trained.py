@@ -35,7 +35,7 @@ USUAL_TARGETS: Mapping[str, tuple[str, ...]] = (
 """PEFT's target modules by model type; for other types all linear layers are taken."""
 
 _NOT_TARGETS = ("embed", "lm_head", "wte", "wpe", "norm", "router")
-_LAYER = re.compile(r"\.(?:layers|layer|h|blocks)\.(\d+)\.")
+_LAYER = re.compile(r"\.(?:layers|layer|h|blocks)\.(\d+)\.(.*)$")
 _ABOVE_LAYERS = re.compile(
     r"(?:^|\.)(?:norm|ln_f|final_layer_?norm|final_norm|lm_head|embed_out)(?:\.(?:weight|bias))?$"
 )
@@ -74,6 +74,12 @@ def layer_of(name: str) -> int | None:
     """The layer a weight or module is in; None if it is outside of the layers."""
     found = _LAYER.search(f"{name}.")
     return int(found[1]) if found else None
+
+
+def name_in_first_layer(name: str) -> str | None:
+    """What a weight is called inside the lowest layer; None if it is not in it."""
+    found = _LAYER.search(name)
+    return found[2] if found and int(found[1]) == 0 else None
 
 
 def is_trained(cfg: RunConfig, name: str) -> bool:
