@@ -8,7 +8,7 @@ Names are those the dashboards of other preference trainers already know.
     rewards/margins             chosen minus rejected reward; of completions that stand alone, of their means
     rewards/accuracies          share of pairs whose chosen reward is the larger; of completions that stand
                                 alone, share on the right side of the loss's reference point
-    logps/chosen, /rejected     log-prob of the whole completion under the policy
+    logps/chosen, /rejected     log-prob of the whole completion under the policy, every token in full
     kl                          log-ratio of a completion to the reference, over chosen and rejected alike: an
                                 estimate of the KL divergence as far as the policy would write them itself,
                                 and below zero where it would not; absent without a reference. With kto the
@@ -63,7 +63,8 @@ class MetricSums:
 
     def add(self, comparison: Comparison, output: LossOutput, *, tokens: int) -> None:
         """Count one micro-batch, of `tokens` prompt and completion tokens."""
-        policy, reference = comparison.policy.detach(), comparison.reference
+        # A method may weigh the tokens it compares (LD-DPO); what is told is of whole completions.
+        policy, reference = comparison.policy.detach().unweighted, comparison.reference
         chosen = comparison.completions.chosen
         values: dict[str, Tensor] = {
             "loss": output.loss.detach(),
@@ -73,7 +74,7 @@ class MetricSums:
             "lengths/rejected": policy.num_tokens[~chosen],
         }
         if reference is not None:
-            values["kl"] = policy.sum - reference.sum
+            values["kl"] = policy.sum - reference.unweighted.sum
         values |= output.metrics
         for name, counted in values.items():
             self._add(name, counted.sum(dtype=self.dtype), counted.numel())

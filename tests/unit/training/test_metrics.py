@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from comparing import comparison
-from fiducial.logps import Comparison, SequenceLogps
+from fiducial.logps import UNWEIGHTED, Comparison, SequenceLogps
 from fiducial.losses.output import LossOutput
 from fiducial.training.metrics import METRICS, MetricSums, Stopwatch, peak_memory
 
@@ -60,6 +60,19 @@ def test_mean_of_micro_batch_means_would_differ() -> None:
         means.append(sums.means()["loss"])
         whole.merge(sums)
     assert whole.means()["loss"] != pytest.approx(sum(means) / 2)
+
+
+def test_log_probs_are_of_whole_completions_though_the_loss_weighs_their_tokens() -> None:
+    tokens = torch.tensor([3, 1])
+    policy = SequenceLogps(torch.tensor([-1.5, -4.0]), tokens, {UNWEIGHTED: torch.tensor([-2.0, -4.0])})
+    reference = SequenceLogps(torch.tensor([-1.0, -2.0]), tokens, {UNWEIGHTED: torch.tensor([-5.0, -2.0])})
+    rewards = policy.sum - reference.sum
+    sums = MetricSums(CPU)
+    output = LossOutput.of_rewards(torch.zeros(1), rewards[0::2], rewards[1::2])
+    sums.add(comparison(policy, reference), output, tokens=9)
+    means = sums.means()
+    assert (means["logps/chosen"], means["logps/rejected"], means["kl"]) == (-2, -4, (3 - 2) / 2)
+    assert means["rewards/chosen"] == -0.5, "the reward is what the method compares"
 
 
 def test_no_kl_without_a_reference() -> None:
