@@ -30,6 +30,7 @@ class Assembled:
     clock: StepClock
     moving: Moving | None
     """None where the reference stands still."""
+    keeper: RecordKeeper
 
     @property
     def sync(self) -> ReferenceSync | None:
@@ -56,8 +57,9 @@ def assemble(
     trainer = _build_trainer(run, policy, replace(asked, reference=timed), args)
     if moving is not None:
         moving.join(trainer, resume)
-    assembled = Assembled(trainer, asked.reference, StepClock(timed), moving)
-    trainer.add_callback(_record_keeper(run, policy, judged, assembled.sync))
+    keeper = _record_keeper(run, policy, judged, trainer, None if moving is None else moving.sync)
+    assembled = Assembled(trainer, asked.reference, StepClock(timed), moving, keeper)
+    trainer.add_callback(keeper)
     trainer.add_callback(assembled.clock)
     return assembled
 
@@ -85,14 +87,14 @@ def _build_trainer(
 
 
 def _record_keeper(
-    run: Run, policy: Policy, judged: ProvedReference, sync: ReferenceSync | None
+    run: Run, policy: Policy, judged: ProvedReference, trainer: PreferenceTrainer, sync: ReferenceSync | None
 ) -> RecordKeeper:
     """What keeps the run's record in checkpoints; it is in the output folder from now on."""
 
     def moved() -> Answers | None:
         return None if sync is None else answers(sync.proof, sync.groups)
 
-    keeper = RecordKeeper(record_of(run, policy, judged), moved)
+    keeper = RecordKeeper(record_of(run, policy, judged), moved, lambda: trainer.objective.running)
     if is_first_process():
-        keeper.save_files(Path(run.cfg.output.output_dir))
+        keeper.begin(Path(run.cfg.output.output_dir))
     return keeper

@@ -77,10 +77,15 @@ def _evaluate(run: Run, folder: Path) -> dict[str, float]:
     policy = load_policy(run, args.device, budget)
     ahead = score_ahead(run, policy, args.device, datasets={"evaluation": evaluation})
     judged = prove(run, policy, ahead, args.device, on=evaluation)
+    objective = build_objective(run, policy, judged)
+    if run.record is not None:  # another loss than was trained carries nothing
+        objective.running |= {
+            name: run.record.running[name] for name in objective.running.keys() & run.record.running.keys()
+        }
     trainer = PreferenceTrainer(
         policy.model,
         args,
-        build_objective(run, policy, judged),
+        objective,
         TrainingData(run.data.train, evaluation),
         micro_batch_tokens=budget,
     )

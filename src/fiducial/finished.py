@@ -18,7 +18,13 @@ from fiducial.reference.adapter_facts import check_adapter_fits, read_adapter_fa
 from fiducial.reference.checkpoint import TensorFact, open_checkpoint, read_sharded_tensor_facts
 from fiducial.reference.facts import Facts
 from fiducial.run_record import RECORD_FILE, RunRecord, find_record, read_record
-from fiducial.training.checkpoints import SHARDED_WEIGHTS, STATE_FILE, WHOLE_WEIGHTS, read_state
+from fiducial.training.checkpoints import (
+    SHARDED_WEIGHTS,
+    STATE_FILE,
+    WHOLE_WEIGHTS,
+    last_complete,
+    read_state,
+)
 
 _HEADS = ("lm_head.weight", "embed_out.weight")
 
@@ -42,10 +48,11 @@ def from_folder(folder: Path, overrides: Sequence[str] = ()) -> FinishedRun:
 
     Raises:
         ConfigError: there is no record of a run, or an override is wrong.
-        ModelError: the folder was left half-written.
+        ModelError: the folder was left half-written, or its weights are another run's.
     """
     record = read_record(folder)
     require_whole(folder)
+    require_own_weights(folder, record)
     cfg = _overridden(record, folder, tuple(overrides)) if overrides else record.run
     return FinishedRun(_as_trained(cfg, record), folder, record, _names_datasets(overrides))
 
@@ -54,11 +61,13 @@ def from_config(cfg: RunConfig, folder: Path | None = None, *, new_data: bool = 
     """The run `cfg` describes, which wrote `folder` or its output folder.
 
     Raises:
-        ModelError: there are no trained weights, or they were left half-written.
+        ModelError: there are no trained weights, they were left half-written, or another run left them.
     """
     folder = folder or Path(cfg.output.output_dir)
     require_whole(folder)
     record = find_record(folder)
+    if record is not None:
+        require_own_weights(folder, record)
     return FinishedRun(cfg if record is None else _as_trained(cfg, record), folder, record, new_data)
 
 
@@ -72,6 +81,18 @@ def require_whole(folder: Path) -> None:
             f"{folder} was cut off while it was written: its {STATE_FILE} is missing or incomplete. Name the "
             "checkpoint before it."
         )
+
+
+def require_own_weights(folder: Path, record: RunRecord) -> None:
+    """Raise `ModelError` where the run that began last in `folder` has not left its weights there yet."""
+    if record.has_ended:
+        return
+    newest = last_complete(folder)
+    remedy = "Let it end" if newest is None else f"Name its checkpoint {newest}, or let it end"
+    raise ModelError(
+        f"the run that began last in {folder} has not ended, and the weights there are an earlier run's. "
+        f"{remedy} (auto_resume_from_checkpoints: true)."
+    )
 
 
 def require_fits(folder: Path, cfg: RunConfig, facts: Facts) -> None:

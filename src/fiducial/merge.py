@@ -10,11 +10,13 @@ from peft import PeftModel
 
 from fiducial.config.schema import AdapterConfig, RunConfig
 from fiducial.errors import ConfigError, ModelError
+from fiducial.finished import require_own_weights
 from fiducial.model.checkpoint import read_config
 from fiducial.model.loader import ModelLoader
 from fiducial.model.tokenizer import load_tokenizer
 from fiducial.offline import kept_to_cache
 from fiducial.reference.plan import Checkpoint
+from fiducial.run_record import find_record
 
 
 def merge_adapter(cfg: RunConfig, output: Path | None = None) -> Path:
@@ -29,7 +31,7 @@ def merge_adapter(cfg: RunConfig, output: Path | None = None) -> Path:
 
     Raises:
         ConfigError: the run trains no adapter, or `output` would replace what is merged.
-        ModelError: there is no trained adapter, or it does not fit the base.
+        ModelError: there is no trained adapter, another run left it, or it does not fit the base.
     """
     with kept_to_cache(cfg):
         return _merge(cfg, output)
@@ -76,6 +78,8 @@ def _trained_adapter(cfg: RunConfig, trained: Path) -> AdapterConfig:
         )
     if not (trained / "adapter_config.json").is_file():
         raise ModelError(f"output_dir: {trained} holds no trained adapter. Run `fiducial train` first.")
+    if (record := find_record(trained)) is not None:
+        require_own_weights(trained, record)
     return cfg.adapter.model_copy(update={"path": str(trained)})
 
 

@@ -1,7 +1,9 @@
 """Keeps a run's record (`run.json`) in its output folder and in each of its checkpoints."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from transformers import TrainerCallback
@@ -11,27 +13,42 @@ from fiducial.data.tokenize import TokenizedGroup
 from fiducial.model.precision import resolve_precision
 from fiducial.prepare import Policy, ProvedReference, Run
 from fiducial.reference.verify import Proof
-from fiducial.run_record import Answers, RunRecord
+from fiducial.run_record import Answers, RunRecord, trained_by
 
 
 class RecordKeeper(TrainerCallback):
     """Puts the record into every checkpoint, so that one that is moved away still knows its reference."""
 
-    def __init__(self, record: RunRecord, moved: Callable[[], Answers | None]) -> None:
+    def __init__(
+        self,
+        record: RunRecord,
+        moved: Callable[[], Answers | None],
+        running: Callable[[], Mapping[str, float]],
+    ) -> None:
         self.record = record
         self.moved = moved
         """What a synced reference answers since its last move."""
+        self.running = running
+        """What the loss carries to the next step."""
+
+    def begin(self, folder: Path) -> None:
+        """Write the record into the output folder, whose weights are an earlier run's if there are any."""
+        self._now().beside_weights_of(trained_by(folder)).write(folder)
 
     def save_files(self, folder: Path) -> None:
-        """Write the record as it stands at this moment."""
-        self.record.with_moved(self.moved()).write(folder)
+        """Write the record as it stands at this moment, beside the policy's weights of this moment."""
+        self._now().write(folder)
+
+    def _now(self) -> RunRecord:
+        return replace(self.record, moved=self.moved(), running=dict(self.running()))
 
 
 def record_of(run: Run, policy: Policy, judged: ProvedReference) -> RunRecord:
     """What is known of the run before step 1."""
     start = None if judged.proof is None else answers(judged.proof, judged.groups)
     reference = None if judged.identity is None else judged.identity.as_dict()
-    return RunRecord(_decided(run.cfg, policy), run.settings, reference, start)
+    own = (run.record.id if run.record is not None else "") or uuid4().hex
+    return RunRecord(_decided(run.cfg, policy), run.settings, reference, start, id=own, trained_by=own)
 
 
 def answers(proof: Proof, groups: Sequence[TokenizedGroup]) -> Answers:

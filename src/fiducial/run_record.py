@@ -7,13 +7,14 @@ the keys of their content: a trained model's folder is passed on, and rows are n
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from fiducial._version import VERSION
+from fiducial.config.dialect import KEY_OF
 from fiducial.config.schema import RunConfig
 from fiducial.errors import ConfigError, ModelError
 from fiducial.reference.differences import changes
@@ -21,6 +22,7 @@ from fiducial.reference.differences import changes
 RECORD_FILE = "run.json"
 FORMAT = 1
 """Raised when the file is written another way."""
+_DECIDED = ("model.dtype", "model.autocast")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +49,22 @@ class RunRecord:
     start: Answers | None
     moved: Answers | None = None
     """Of a synced reference, after its last move."""
+    running: Mapping[str, float] = field(default_factory=dict)
+    """What the loss carried from step to step, as it stood with the weights beside the record."""
     version: str = VERSION
+    id: str = ""
+    """The run's own, which it keeps when it is resumed; empty where an older version wrote the record."""
+    trained_by: str | None = ""
+    """Id of the run whose trained weights lie beside the record: another one's until this run has ended."""
 
-    def with_moved(self, answers: Answers | None) -> "RunRecord":
-        """The record of a reference that has moved on."""
-        return replace(self, moved=answers)
+    @property
+    def has_ended(self) -> bool:
+        """Whether the weights beside the record are this run's."""
+        return self.trained_by == self.id
+
+    def beside_weights_of(self, run: str | None) -> "RunRecord":
+        """The record for a folder with the trained weights of the run with that id."""
+        return replace(self, trained_by=run)
 
     def write(self, folder: Path) -> None:
         """Keep the record in `folder`; a reader sees the old one or the new one, never half of one."""
@@ -64,11 +77,14 @@ class RunRecord:
         return {
             "format": FORMAT,
             "version": self.version,
+            "id": self.id,
+            "trained_by": self.trained_by,
             "settings": self.settings,
             "run": self.run.model_dump(mode="json"),
             "reference": self.reference,
             "start": _plain(self.start),
             "moved": _plain(self.moved),
+            "running": dict(self.running),
         }
 
 
@@ -93,6 +109,28 @@ def find_record(folder: Path) -> RunRecord | None:
         if not folder.name.startswith("checkpoint-"):
             break
     return None
+
+
+def run_id(folder: Path) -> str:
+    """Id of the run whose record is in `folder`; empty where none is, or it cannot be read."""
+    return str(_glance(folder).get("id", ""))
+
+
+def trained_by(folder: Path) -> str | None:
+    """Id of the run whose trained weights the record in `folder` knows; None where there is no record."""
+    found = _glance(folder)
+    return found.get("trained_by", "") if found else None
+
+
+def changed_settings(then: RunConfig, now: RunConfig) -> list[str]:
+    """What decides a run's result and is another `now` than `then`, each by the key that sets it."""
+    before, after = _settings(then), _settings(now)
+    return [
+        f"{KEY_OF.get(name, name)}: {before.get(name)} then, {after.get(name)} now"
+        for name in sorted(before.keys() | after.keys())
+        # A record holds what `auto` came to on its machine.
+        if before.get(name) != after.get(name) and not (name in _DECIDED and after[name] == "auto")
+    ]
 
 
 def require_same_reference(record: RunRecord, now: Mapping[str, Any]) -> tuple[str, ...]:
@@ -124,6 +162,22 @@ def _naming_keys(cfg: RunConfig) -> str:
     return ", ".join([*own, *(f"reference.{key}" for key in given)])
 
 
+def _settings(cfg: RunConfig) -> dict[str, Any]:
+    """`section.field` to its value, of the sections that decide a result."""
+    sections = cfg.model_dump(mode="json", exclude={"output", "distributed"}, exclude_none=True)
+    return {
+        f"{section}.{field}": value for section, fields in sections.items() for field, value in fields.items()
+    }
+
+
+def _glance(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def _read(path: Path) -> RunRecord:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -138,7 +192,10 @@ def _read(path: Path) -> RunRecord:
             reference=found["reference"],
             start=_answers(found["start"]),
             moved=_answers(found["moved"]),
+            running={name: float(value) for name, value in found.get("running", {}).items()},
             version=found["version"],
+            id=found.get("id", ""),
+            trained_by=found.get("trained_by", ""),
         )
     except (ValueError, KeyError, TypeError, ValidationError) as error:
         raise ConfigError(

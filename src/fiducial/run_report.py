@@ -15,8 +15,10 @@ from fiducial.data.dataset import TokenizedDataset
 from fiducial.model.precision import resolve_precision
 from fiducial.prepare import Policy, ProvedReference, Run
 from fiducial.reference.describe import plan_report, render_plan
+from fiducial.reference.fill import warn
 from fiducial.reference.memory import estimate_memory
 from fiducial.reference.row_counts import count_data
+from fiducial.run_record import changed_settings
 from fiducial.training.arguments import world_size
 from fiducial.training.expected_time import Amount, expected_seconds, products_a_second
 from fiducial.training.metrics import peak_memory, resident_memory
@@ -71,6 +73,13 @@ class RunReport:
             soft_wrap=True,
         )
         return asdict(expected)
+
+    def tell_resumed(self, checkpoint: Path) -> None:
+        """Print where the run goes on, and which settings that decide its result are not those of then."""
+        self.run.console.print(f"Going on from {checkpoint}.", soft_wrap=True)
+        record = self.run.record
+        if record is not None and (changed := changed_settings(record.run, self.run.cfg)):
+            warn(self.run.console, f"settings have changed since that was saved: {'; '.join(changed)}.")
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from fiducial.agreement import lost_process_explained
-from fiducial.assembly import METRICS_FILE, assemble
+from fiducial.assembly import METRICS_FILE, Assembled, assemble
 from fiducial.config.load import validate_config
 from fiducial.config.schema import RunConfig
 from fiducial.model.adapters import REFERENCE_ADAPTER
@@ -29,7 +29,6 @@ from fiducial.prepare import (
     read_run,
     score_ahead,
 )
-from fiducial.record_keeping import answers, record_of
 from fiducial.reference.kept import measured, written_at_the_end
 from fiducial.reference.kinds import ReferencePlan
 from fiducial.reference.moving import MOVED_FOLDER, save_follower
@@ -89,19 +88,21 @@ def _run_to_its_end(run: Run) -> TrainResult:
             resumed = saved_micro_batch_tokens(resume)
         budget = choose_token_budget(run.cfg, run.facts, run.plan, args.device, resumed=resumed)
         report = RunReport(run, budget, args.device)
+        if resume is not None:
+            report.tell_resumed(resume)
         policy, judged = _load_and_prove(run, args, budget, report)
         assembled = assemble(run, policy, judged, args, resume)
         trainer, sync = assembled.trainer, assembled.sync
         with written_at_the_end(assembled.reference):
             _train(trainer, resume, run)
-            _close_proof(run, policy, judged, sync, report)
+            _close_proof(policy, judged, sync, report)
             if run.data.evaluation is not None and not _evaluated_as_it_is(trainer):
                 close_loggers(trainer)
                 trainer.evaluate()
         assembled.close()
         report.add_measured(assembled.clock)
         report.tell_rows()
-        metrics = _finish(trainer, policy, judged, report)
+        metrics = _finish(assembled, policy, judged, report)
     return TrainResult(output_dir, metrics, run.plan, report.record)
 
 
@@ -175,7 +176,7 @@ def _train(trainer: PreferenceTrainer, resume: Path | None, run: Run) -> None:
 
 
 def _close_proof(
-    run: Run, policy: Policy, judged: ProvedReference, sync: ReferenceSync | None, report: RunReport
+    policy: Policy, judged: ProvedReference, sync: ReferenceSync | None, report: RunReport
 ) -> None:
     """Check once more that the reference did not move by itself, and keep one that was moved.
 
@@ -188,21 +189,20 @@ def _close_proof(
         moved = check_unmoved(proof, policy.scorer, measured(judged.reference), judged.groups)
     report.add_end(sync, moved)
     if sync is not None and is_first_process():
-        folder = Path(run.cfg.output.output_dir)
-        save_follower(sync.follower, folder / MOVED_FOLDER)
-        record_of(run, policy, judged).with_moved(answers(sync.proof, sync.groups)).write(folder)
+        save_follower(sync.follower, report.folder / MOVED_FOLDER)
 
 
 def _finish(
-    trainer: PreferenceTrainer, policy: Policy, judged: ProvedReference, report: RunReport
+    assembled: Assembled, policy: Policy, judged: ProvedReference, report: RunReport
 ) -> dict[str, float]:
     """Save what the run leaves behind, and tell how it ended."""
-    run, output_dir = report.run, report.folder
+    trainer, run, output_dir = assembled.trainer, report.run, report.folder
     assert run.cfg.method is not None
     policy.scorer.restore_attention()
     _save(trainer, output_dir)
     metrics = {name: last for name, (_, last) in first_and_last(trainer.state.log_history).items()}
     if trainer.is_world_process_zero():
+        assembled.keeper.save_files(output_dir)
         report.write()
         sentence = None if judged.proof is None else judged.proof.sentence()
         write_model_card(output_dir, run.cfg, run.plan, metrics, proof=sentence)

@@ -70,6 +70,17 @@ def test_a_finished_run_is_evaluated_as_it_was_while_training(
     assert abs(from_settings["kl"]) > 1e-3
 
 
+def test_what_the_loss_carried_from_step_to_step_is_evaluated_with(tmp_path: Path) -> None:
+    running = {"dpo_loss_type": "beta_dpo", "beta_dpo_momentum": 0.5, "learning_rate": 1e-2}
+    settings = run_config(tmp_path, rows=16, val_set_size=4, save_steps=2, eval_steps=2, **running)
+    evaluations = train(settings, console=QUIET)
+    logged = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    at_checkpoint = next(line["eval_loss"] for line in logged if "eval_loss" in line and line["step"] == 2)
+    for folder, loss in {"out": evaluations.metrics["eval_loss"], "out/checkpoint-2": at_checkpoint}.items():
+        found = evaluate(settings, tmp_path / folder, console=QUIET)
+        assert found["loss"] == pytest.approx(loss, rel=1e-4), folder
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_new_data_is_compared_with_the_starting_policy(
     kind: str, finished: Callable[[str], tuple[Path, TrainResult]], tmp_path: Path

@@ -1,14 +1,18 @@
 """A run stopped at any step and resumed is the run that was never stopped, to the last bit."""
 
 import json
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
-from fiducial.errors import ConfigError
+from fiducial.config.load import validate_config
+from fiducial.errors import ConfigError, ModelError
+from fiducial.evaluate import evaluate
 from fiducial.train import train
 from fiducial.training.callbacks import Interrupted
 from resuming import interrupt_after, left_behind
@@ -56,6 +60,30 @@ def test_stopped_and_resumed_is_uninterrupted(
     assert resumed_metrics == metrics
     assert set(resumed_weights) == set(weights)
     assert all(torch.equal(weights[name], resumed_weights[name]) for name in weights)
+
+
+def test_a_run_cut_off_in_the_folder_of_an_earlier_one_goes_on_as_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = tmp_path / "used"
+    chosen = settings(tmp_path, output_dir=str(used))
+    train(chosen)
+    chosen |= {"learning_rate": 2e-3}
+    with monkeypatch.context() as patch:
+        interrupt_after(2, patch)
+        with pytest.raises(Interrupted):
+            train(chosen)
+    assert (used / "checkpoint-6").exists()
+    with pytest.raises(ModelError, match=r"weights there are an earlier run's.*checkpoint-2"):
+        evaluate(validate_config(chosen))
+    told = StringIO()
+    resumed = chosen | {"rl_beta": 0.5, "auto_resume_from_checkpoints": True}
+    train(resumed, console=Console(file=told, width=250))
+    assert f"Going on from {used / 'checkpoint-2'}." in told.getvalue()
+    assert "have changed since that was saved: method.beta: 0.1 then, 0.5 now." in told.getvalue()
+    metrics, _ = left_behind(used)
+    assert [line["step"] for line in metrics if "loss" in line] == [1, 2, 4, 6]
+    assert evaluate(validate_config(resumed))["loss"] == pytest.approx(metrics[-1]["eval_loss"])
 
 
 def test_a_resumed_run_compares_with_the_weights_it_started_from(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from fiducial.config.methods import DPOConfig
 from fiducial.config.schema import AdapterConfig, ModelConfig, OutputConfig, RunConfig
 from fiducial.errors import ConfigError, ModelError
 from fiducial.merge import merge_adapter
+from fiducial.run_record import RunRecord
 from tiny import save_checkpoint, tiny_tokenizer
 
 IDS = torch.arange(40).view(2, 20)
@@ -98,3 +99,10 @@ def test_it_does_not_write_over_what_it_merges(tmp_path: Path, source: str) -> N
 
     with pytest.raises(ConfigError, match="Name another folder"):
         merge_adapter(run, tmp_path / source)
+
+
+def test_an_adapter_of_an_earlier_run_in_the_folder_is_not_merged(tmp_path: Path) -> None:
+    run = trained_run(tmp_path)
+    RunRecord(run, None, None, None, id="later", trained_by="earlier").write(tmp_path / "out")
+    with pytest.raises(ModelError, match="the weights there are an earlier run's"):
+        merge_adapter(run)

@@ -14,9 +14,12 @@ from fiducial.run_record import (
     RECORD_FILE,
     Answers,
     RunRecord,
+    changed_settings,
     find_record,
     read_record,
     require_same_reference,
+    run_id,
+    trained_by,
 )
 
 SETTINGS: dict[str, Any] = {
@@ -50,7 +53,7 @@ def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
     for written in (
         record(),
         record(settings=None, reference=None, start=None),
-        record().with_moved(record().start),
+        record(moved=record().start, running={"delta": 0.25}),
     ):
         written.write(tmp_path)
         assert read_record(tmp_path) == written
@@ -87,6 +90,37 @@ def test_a_damaged_record_is_no_record(content: str, tmp_path: Path) -> None:
     (tmp_path / RECORD_FILE).write_text(content)
     with pytest.raises(ConfigError, match="is damaged or was not written by Fiducial"):
         read_record(tmp_path)
+
+
+def test_a_record_knows_whose_weights_lie_beside_it(tmp_path: Path) -> None:
+    assert (run_id(tmp_path), trained_by(tmp_path)) == ("", None)
+    ended = record(id="first", trained_by="first")
+    ended.write(tmp_path)
+    assert (run_id(tmp_path), trained_by(tmp_path)) == ("first", "first")
+    record(id="second").beside_weights_of(trained_by(tmp_path)).write(tmp_path)
+    assert not read_record(tmp_path).has_ended
+    (tmp_path / "model.safetensors").touch()
+    for find in (lambda: from_folder(tmp_path), lambda: from_config(validate_config(SETTINGS), tmp_path)):
+        with pytest.raises(ModelError, match="has not ended, and the weights there are an earlier run's"):
+            find()
+    path = tmp_path / RECORD_FILE
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if "id" not in k}))
+    path.write_text(path.read_text().replace('"trained_by"', '"unknown"'))
+    assert read_record(tmp_path).has_ended, "a record of a version without ids"
+
+
+def test_settings_that_changed_since_are_named_by_their_keys() -> None:
+    then = validate_config(SETTINGS)
+    elsewhere = SETTINGS | {"output_dir": "other", "logging_steps": 3, "bf16": "auto"}
+    assert changed_settings(then, validate_config(elsewhere)) == []
+    decided = then.model_copy(update={"model": then.model.model_copy(update={"autocast": None})})
+    assert changed_settings(decided, validate_config(SETTINGS)) == []
+    now = validate_config(SETTINGS | {"learning_rate": 0.1, "rl_beta": 0.5, "lora_r": 4})
+    assert changed_settings(then, now) == [
+        "lora_r: 8 then, 4 now",
+        "method.beta: 0.1 then, 0.5 now",
+        "learning_rate: 1e-05 then, 0.1 now",
+    ]
 
 
 def test_a_later_format_is_named(tmp_path: Path) -> None:

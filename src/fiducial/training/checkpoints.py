@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fiducial.errors import ConfigError, FiducialError, TrainingError
+from fiducial.run_record import run_id
 
 _FULL_DISK_WORDS = (
     "No space left on device",
@@ -80,16 +81,22 @@ def _missing_weights(checkpoint: Path, launch: Launch) -> list[str]:
 
 
 def last_complete(output_dir: Path, launch: Launch = Launch()) -> Path | None:
-    """The newest complete checkpoint in `output_dir`, if there is one."""
+    """The newest complete checkpoint in `output_dir` of the run that began there last, if there is one."""
     numbered = [
         (int(found[1]), path)
         for path in output_dir.glob("checkpoint-*")
         if (found := re.fullmatch(r"checkpoint-(\d+)", path.name))
     ]
     for _, path in sorted(numbered, reverse=True):
-        if not missing_from(path, launch):
+        if not missing_from(path, launch) and not is_another_runs(path, output_dir):
             return path
     return None
+
+
+def is_another_runs(checkpoint: Path, output_dir: Path) -> bool:
+    """Whether `checkpoint` is left over from a run before the one that began in `output_dir` last."""
+    ours, theirs = run_id(output_dir), run_id(checkpoint)
+    return bool(ours and theirs) and ours != theirs
 
 
 def to_resume(

@@ -51,6 +51,16 @@ def test_steps_are_compared_as_numbers(tmp_path: Path) -> None:
     assert last_complete(tmp_path) == newest
 
 
+def test_a_checkpoint_of_an_earlier_run_in_the_same_folder_is_passed_over(tmp_path: Path) -> None:
+    own, left_over = write_checkpoint(tmp_path, 2), write_checkpoint(tmp_path, 9)
+    for folder, run in {tmp_path: "new", own: "new", left_over: "old"}.items():
+        (folder / "run.json").write_text(json.dumps({"id": run}))
+    assert last_complete(tmp_path) == own
+    assert to_resume(str(left_over), auto=False, output_dir=tmp_path) == left_over  # who names it means it
+    (left_over / "run.json").unlink()  # an older version wrote none, or none with an id
+    assert last_complete(tmp_path) == left_over
+
+
 def test_nothing_to_resume(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, 3)
     assert to_resume(None, auto=False, output_dir=tmp_path) is None
