@@ -11,7 +11,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from fiducial.config.load import validate_config
 from fiducial.config.schema import RunConfig
-from fiducial.errors import ConfigError
+from fiducial.errors import ConfigError, DataError
 from fiducial.finished import FinishedRun, from_config, require_fits
 from fiducial.offline import kept_to_cache
 from fiducial.prepare import (
@@ -24,6 +24,7 @@ from fiducial.prepare import (
     read_run,
     score_ahead,
 )
+from fiducial.record_keeping import held_out
 from fiducial.reference.kept import written_at_the_end
 from fiducial.reference.moving import load_moved
 from fiducial.training.arguments import training_arguments
@@ -44,6 +45,7 @@ def evaluate(
 
     Raises:
         ConfigError: the run has no evaluation data.
+        DataError: what is held out now was not kept from training.
         ModelError: there is no trained model in `checkpoint`, or its reference is not what it was.
     """
     folder = None if checkpoint is None else Path(checkpoint)
@@ -71,6 +73,7 @@ def _evaluate(run: Run, folder: Path) -> dict[str, float]:
             "val_set_size, test_datasets: set one of them, or there is nothing to evaluate on. Other pairs "
             "are named as datasets.0.path=pairs.jsonl behind the run's folder."
         )
+    _require_held_out(run)
     require_fits(folder, run.cfg, run.facts)
     args = training_arguments(_offline(run.cfg), num_rows=len(run.data.train), has_evaluation=True)
     budget = choose_token_budget(run.cfg, run.facts, run.plan, args.device)
@@ -98,6 +101,16 @@ def _evaluate(run: Run, folder: Path) -> dict[str, float]:
     title = f"{folder} on {len(evaluation)} {run.cfg.method.unit}s"
     run.console.print(_table(metrics, title))
     return metrics
+
+
+def _require_held_out(run: Run) -> None:
+    """Raise `DataError` where `val_set_size` does not hold out what it kept from training."""
+    if run.record is not None and run.record.held_out_others(held_out(run)):
+        raise DataError(
+            "val_set_size: what it holds out now is not what was kept from this training, so some of it was "
+            "trained on: the rows, their number, or how they are read has changed since. Put that back, or "
+            "name the pairs to evaluate on (datasets.0.path=pairs.jsonl behind the run's folder)."
+        )
 
 
 def _with_evaluation_alone(cfg: RunConfig, *, new_data: bool) -> RunConfig:

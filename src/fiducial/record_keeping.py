@@ -9,6 +9,7 @@ import torch
 from transformers import TrainerCallback
 
 from fiducial.config.schema import RunConfig
+from fiducial.data.split import contents
 from fiducial.data.tokenize import TokenizedGroup
 from fiducial.model.precision import resolve_precision
 from fiducial.prepare import Policy, ProvedReference, Run
@@ -48,7 +49,21 @@ def record_of(run: Run, policy: Policy, judged: ProvedReference) -> RunRecord:
     start = None if judged.proof is None else answers(judged.proof, judged.groups)
     reference = None if judged.identity is None else judged.identity.as_dict()
     own = (run.record.id if run.record is not None else "") or uuid4().hex
-    return RunRecord(_decided(run.cfg, policy), run.settings, reference, start, id=own, trained_by=own)
+    return RunRecord(
+        _decided(run.cfg, policy),
+        run.settings,
+        reference,
+        start,
+        held_out=held_out(run),
+        id=own,
+        trained_by=own,
+    )
+
+
+def held_out(run: Run) -> str | None:
+    """Hash of what `val_set_size` keeps from training; None where it keeps nothing."""
+    kept = run.data.evaluation if run.cfg.data is not None and run.cfg.data.val_set_size else None
+    return None if kept is None else contents(kept)
 
 
 def answers(proof: Proof, groups: Sequence[TokenizedGroup]) -> Answers:

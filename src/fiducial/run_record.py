@@ -51,6 +51,8 @@ class RunRecord:
     """Of a synced reference, after its last move."""
     running: Mapping[str, float] = field(default_factory=dict)
     """What the loss carried from step to step, as it stood with the weights beside the record."""
+    held_out: str | None = ""
+    """Hash of what `val_set_size` kept from training, None where it kept nothing; empty if not known."""
     version: str = VERSION
     id: str = ""
     """The run's own, which it keeps when it is resumed; empty where an older version wrote the record."""
@@ -61,6 +63,10 @@ class RunRecord:
     def has_ended(self) -> bool:
         """Whether the weights beside the record are this run's."""
         return self.trained_by == self.id
+
+    def held_out_others(self, now: str | None) -> bool:
+        """Whether `val_set_size` holds out what it did not then; `now` is the hash of today's."""
+        return now is not None and self.held_out not in ("", now)
 
     def beside_weights_of(self, run: str | None) -> "RunRecord":
         """The record for a folder with the trained weights of the run with that id."""
@@ -85,6 +91,7 @@ class RunRecord:
             "start": _plain(self.start),
             "moved": _plain(self.moved),
             "running": dict(self.running),
+            "held_out": self.held_out,
         }
 
 
@@ -193,6 +200,7 @@ def _read(path: Path) -> RunRecord:
             start=_answers(found["start"]),
             moved=_answers(found["moved"]),
             running={name: float(value) for name, value in found.get("running", {}).items()},
+            held_out=found.get("held_out", ""),
             version=found["version"],
             id=found.get("id", ""),
             trained_by=found.get("trained_by", ""),

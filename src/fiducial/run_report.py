@@ -14,6 +14,7 @@ import torch
 from fiducial.data.dataset import TokenizedDataset
 from fiducial.model.precision import resolve_precision
 from fiducial.prepare import Policy, ProvedReference, Run
+from fiducial.record_keeping import held_out
 from fiducial.reference.describe import plan_report, render_plan
 from fiducial.reference.fill import warn
 from fiducial.reference.memory import estimate_memory
@@ -80,6 +81,12 @@ class RunReport:
         record = self.run.record
         if record is not None and (changed := changed_settings(record.run, self.run.cfg)):
             warn(self.run.console, f"settings have changed since that was saved: {'; '.join(changed)}.")
+        if record is not None and record.held_out_others(held_out(self.run)):
+            warn(
+                self.run.console,
+                "what val_set_size holds out is not what it was when that was saved: some of it has been "
+                "trained on, and the evaluation is of no use.",
+            )
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:

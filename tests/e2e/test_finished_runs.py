@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from fiducial.as_then import verify_finished
 from fiducial.config.load import validate_config
+from fiducial.errors import DataError
 from fiducial.evaluate import evaluate
 from fiducial.finished import from_folder
 from fiducial.run_record import RECORD_FILE, read_record
@@ -79,6 +80,23 @@ def test_what_the_loss_carried_from_step_to_step_is_evaluated_with(tmp_path: Pat
     for folder, loss in {"out": evaluations.metrics["eval_loss"], "out/checkpoint-2": at_checkpoint}.items():
         found = evaluate(settings, tmp_path / folder, console=QUIET)
         assert found["loss"] == pytest.approx(loss, rel=1e-4), folder
+
+
+def test_what_was_trained_on_is_not_evaluated_as_held_out(
+    finished: Callable[[str], tuple[Path, TrainResult]], tmp_path: Path
+) -> None:
+    folder, _ = finished("full")
+    appended = write_pairs(tmp_path / "more.jsonl", 20)
+    settings = settings_of(folder, "full")
+    for change in ({"datasets": [{"path": str(appended)}]}, {"val_set_size": 5}, {"seed": 3}):
+        with pytest.raises(DataError, match="what it holds out now is not what was kept"):
+            evaluate(settings | change, console=QUIET)
+    told = Console(record=True, width=300)
+    elsewhere = {"resume_from_checkpoint": str(folder / "out" / "checkpoint-2"), "output_dir": str(tmp_path)}
+    train(settings | elsewhere | {"seed": 3, "max_steps": 3}, console=told)
+    assert "what val_set_size holds out is not what it was when that was saved" in told.export_text()
+    given = fiducial_command("evaluate", folder / "out", f"datasets.0.path={appended}")
+    assert given.exit_code == 0, "whoever names the pairs knows what they are"
 
 
 @pytest.mark.parametrize("kind", KINDS)

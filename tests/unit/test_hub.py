@@ -198,7 +198,7 @@ def test_a_run_from_python_asks_a_hub_out_of_reach_once(
     train(run, console=console)
     assert (tmp_path / "out" / "model.safetensors").is_file()
     assert f"cannot be reached ({NOBODY}: Connection refused): using what is cached" in console.export_text()
-    evaluate(run | {"val_set_size": 2}, console=Console(quiet=True))
+    evaluate(run | {"test_datasets": run["datasets"]}, console=Console(quiet=True))
     assert len(tried) == 1, "what was found out holds for a minute"
     assert "HF_HUB_OFFLINE" not in os.environ
     assert not huggingface_hub.is_offline_mode()

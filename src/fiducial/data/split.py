@@ -61,6 +61,12 @@ def shared_prompts(train: TokenizedDataset, evaluation: TokenizedDataset) -> int
     return sum(prompt_key(evaluation[index]) in trained for index in range(len(evaluation)))
 
 
+def contents(dataset: TokenizedDataset) -> str:
+    """A hash of what the items hold, whatever their order."""
+    keys = sorted("".join(dataset[index].keys) for index in range(len(dataset)))
+    return hashlib.blake2b("\n".join(keys).encode(), digest_size=16).hexdigest()
+
+
 def prompt_keys(dataset: TokenizedDataset) -> frozenset[bytes]:
     """The keys of all prompts."""
     return frozenset(prompt_key(dataset[index]) for index in range(len(dataset)))
