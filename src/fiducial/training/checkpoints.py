@@ -82,15 +82,18 @@ def _missing_weights(checkpoint: Path, launch: Launch) -> list[str]:
 
 def last_complete(output_dir: Path, launch: Launch = Launch()) -> Path | None:
     """The newest complete checkpoint in `output_dir` of the run that began there last, if there is one."""
+    own = _newest_first(output_dir)
+    return next((path for path in own if not missing_from(path, launch)), None)
+
+
+def _newest_first(output_dir: Path) -> list[Path]:
+    """The checkpoints of the run that began in `output_dir` last, whether complete or not."""
     numbered = [
         (int(found[1]), path)
         for path in output_dir.glob("checkpoint-*")
         if (found := re.fullmatch(r"checkpoint-(\d+)", path.name))
     ]
-    for _, path in sorted(numbered, reverse=True):
-        if not missing_from(path, launch) and not is_another_runs(path, output_dir):
-            return path
-    return None
+    return [path for _, path in sorted(numbered, reverse=True) if not is_another_runs(path, output_dir)]
 
 
 def is_another_runs(checkpoint: Path, output_dir: Path) -> bool:
@@ -105,13 +108,23 @@ def to_resume(
     """The checkpoint folder the run goes on from, or None to start at step 0.
 
     Raises:
-        ConfigError: the checkpoint that was named is not there or not complete.
+        ConfigError: the checkpoint that was named is not there or not complete; or there are some to go on
+            from, but not for this launch: to begin anew would write over them.
     """
-    if resume_from is None:
-        return last_complete(output_dir, launch) if auto else None
-    path = Path(resume_from)
-    missing = missing_from(path, launch)
-    if missing:
+    if resume_from is not None:
+        _require_complete(Path(resume_from), launch, key="resume_from_checkpoint")
+        return Path(resume_from)
+    newest = last_complete(output_dir, launch) if auto else None
+    if auto and newest is None:
+        # One without a state was cut off while it was written, and is worth nothing.
+        for path in _newest_first(output_dir):
+            if read_state(path) is not None:
+                _require_complete(path, launch, key="auto_resume_from_checkpoints")
+    return newest
+
+
+def _require_complete(path: Path, launch: Launch, *, key: str) -> None:
+    if missing := missing_from(path, launch):
         instead = last_complete(path.parent, launch)
         advice = (
             f"Use resume_from_checkpoint: {instead}."
@@ -119,10 +132,9 @@ def to_resume(
             else "Remove the key to start from the beginning."
         )
         raise ConfigError(
-            f"resume_from_checkpoint: {path} cannot be resumed exactly by {launch.num_processes} "
+            f"{key}: {path} cannot be resumed exactly by {launch.num_processes} "
             f"process(es): it lacks {', '.join(missing)}. {advice}"
         )
-    return path
 
 
 @contextmanager

@@ -75,6 +75,16 @@ def test_naming_an_incomplete_checkpoint_says_what_it_lacks_and_which_is_good(tm
     assert to_resume(str(good), auto=False, output_dir=tmp_path) == good
 
 
+def test_nobody_begins_anew_over_checkpoints_of_another_launch(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, 2, processes=2)
+    (path / "rng_state.pth").unlink(missing_ok=True)
+    with pytest.raises(ConfigError, match=r"auto_resume_from_checkpoints: .*checkpoint-2.*Remove the key"):
+        to_resume(None, auto=True, output_dir=tmp_path)
+    assert to_resume(None, auto=False, output_dir=tmp_path) is None
+    (path / "trainer_state.json").unlink()  # cut off while it was written
+    assert to_resume(None, auto=True, output_dir=tmp_path) is None
+
+
 def test_another_number_of_processes_is_not_an_exact_resume(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path, 2, processes=2)
     assert to_resume(str(path), auto=False, output_dir=tmp_path, launch=Launch(2)) == path
