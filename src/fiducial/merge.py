@@ -15,6 +15,7 @@ from fiducial.model.checkpoint import read_config
 from fiducial.model.loader import ModelLoader
 from fiducial.model.tokenizer import load_tokenizer
 from fiducial.offline import kept_to_cache
+from fiducial.reference.adapter_facts import read_adapter_facts
 from fiducial.reference.plan import Checkpoint
 from fiducial.run_record import find_record
 
@@ -42,6 +43,11 @@ def _merge(cfg: RunConfig, output: Path | None) -> Path:
     target = output or trained / "merged"
     adapter = _trained_adapter(cfg, trained)
     _keep_sources(target, cfg, trained)
+    if read_adapter_facts(str(trained), allow_pickle=cfg.model.allow_pickle_weights).layer_replication:
+        raise ModelError(
+            f"output_dir: the adapter in {trained} stacks layers of the base that share weights "
+            "(peft_layer_replication), and merging it would change all of them. Load it with PEFT."
+        )
     base = read_config(Checkpoint(cfg.model.base_model, cfg.model.revision), cfg.model, {})
     if getattr(base, "quantization_config", None) is not None:
         raise ModelError(

@@ -106,3 +106,9 @@ def test_an_adapter_of_an_earlier_run_in_the_folder_is_not_merged(tmp_path: Path
     RunRecord(run, None, None, None, id="later", trained_by="earlier").write(tmp_path / "out")
     with pytest.raises(ModelError, match="the weights there are an earlier run's"):
         merge_adapter(run)
+
+
+def test_stacked_layers_share_weights_and_are_not_merged(tmp_path: Path) -> None:
+    run = trained_run(tmp_path, layer_replication=[[0, 2], [1, 2]])
+    with pytest.raises(ModelError, match="merging it would change all of them"):
+        merge_adapter(run)

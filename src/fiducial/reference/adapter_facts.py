@@ -1,5 +1,6 @@
 """What a plan must know of an adapter on disk, and whether it belongs to this base model."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ class AdapterFacts:
     use_rslora: bool = False
     modules_to_save: tuple[str, ...] = ()
     target_parameters: tuple[str, ...] = ()
+    layer_replication: tuple[tuple[int, int], ...] = ()
+    """Ranges of the base's layers that the model under the adapter is stacked from; empty is the base's own."""
     base_model: str | None = None
     """The base it was trained on, as its config names it."""
     tensors: Mapping[str, TensorFact] | None = None
@@ -69,6 +72,7 @@ def read_adapter_facts(location: str, key: str = "lora_model_dir", *, allow_pick
         use_rslora=bool(config.get("use_rslora")),
         modules_to_save=_names(config, "modules_to_save"),
         target_parameters=_names(config, "target_parameters"),
+        layer_replication=tuple((first, stop) for first, stop in config.get("layer_replication") or ()),
         base_model=config.get("base_model_name_or_path") or None,
         tensors=tensors,
     )
@@ -91,7 +95,7 @@ def check_adapter_fits(
     same_name = adapter.base_model is None or _same_place(adapter.base_model, base)
     misfit = None
     if adapter.tensors is not None and base_tensors is not None:
-        misfit = _misfit(adapter.tensors, base_tensors, tied=tied)
+        misfit = _misfit(adapter, adapter.tensors, base_tensors, tied=tied)
     if misfit:
         trained_on = f" It was trained on {adapter.base_model}." if adapter.base_model else ""
         raise ModelError(
@@ -111,7 +115,9 @@ def check_adapter_fits(
     )
 
 
-def _misfit(tensors: Mapping[str, TensorFact], base: Mapping[str, TensorFact], *, tied: bool) -> str | None:
+def _misfit(
+    adapter: AdapterFacts, tensors: Mapping[str, TensorFact], base: Mapping[str, TensorFact], *, tied: bool
+) -> str | None:
     """The first module whose low-rank factors do not multiply to the base weight's shape."""
     modules = {
         name.removeprefix(_PREFIX).removesuffix(first): (fact, tensors.get(name.replace(first, second)))
@@ -120,7 +126,7 @@ def _misfit(tensors: Mapping[str, TensorFact], base: Mapping[str, TensorFact], *
         if name.endswith(first)
     }
     for module, (down, up) in modules.items():
-        weight = base.get(f"{module}.weight")
+        weight = base.get(f"{_in_base(module, adapter)}.weight")
         if weight is None:
             if tied and module.endswith(_HEADS):
                 continue
@@ -131,6 +137,19 @@ def _misfit(tensors: Mapping[str, TensorFact], base: Mapping[str, TensorFact], *
             product = f"{up.shape[0]} x {down.shape[-1]}"
             return f"{module} is {product} in the adapter and {_times(weight)} in the base"
     return None
+
+
+def _in_base(module: str, adapter: AdapterFacts) -> str:
+    """The base's name of a module of the model under the adapter."""
+    if not adapter.layer_replication:
+        return module
+    stacked = [layer for first, stop in adapter.layer_replication for layer in range(first, stop)]
+
+    def original(found: re.Match[str]) -> str:
+        number = int(found[2])
+        return f"{found[1]}{stacked[number] if number < len(stacked) else number}."
+
+    return re.sub(r"(\blayers\.|\bh\.)(\d+)\.", original, module, count=1)
 
 
 def _times(tensor: TensorFact) -> str:

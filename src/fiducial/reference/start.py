@@ -187,7 +187,7 @@ def _why_named_adapter_differs(cfg: RunConfig, facts: Facts) -> str | None:
         return f"the policy's adapter ({own}) rewrites base weights, on which the reference's was not trained"
     policy = cfg.adapter
     more = policy.modules_to_save or policy.trainable_token_indices or policy.target_parameters
-    if more or _more_than_factors(facts.adapter):
+    if more or policy.layer_replication or _more_than_factors(facts.adapter):
         return "the policy's adapter holds more than low-rank factors, which the reference's does not"
     if _more_than_factors(facts.reference_adapter):
         return "the reference's adapter holds more than low-rank factors, which cannot stand beside another's"
@@ -195,11 +195,12 @@ def _why_named_adapter_differs(cfg: RunConfig, facts: Facts) -> str | None:
 
 
 def _more_than_factors(adapter: AdapterFacts | None) -> bool:
-    """Whether an adapter on disk holds whole modules, token rows, biases, or parts of parameters."""
+    """Whether an adapter on disk holds whole modules, token rows, biases, parts of parameters, or layers."""
     if adapter is None:
         return False
     beside = any(".lora_" not in name for name in adapter.tensors or {})
-    return beside or adapter.bias != "none" or bool(adapter.modules_to_save or adapter.target_parameters)
+    more = adapter.modules_to_save or adapter.target_parameters or adapter.layer_replication
+    return beside or adapter.bias != "none" or bool(more)
 
 
 def _why_merged_differs(cfg: RunConfig, base: ModelFacts, adapter: AdapterFacts | None) -> str | None:
@@ -208,6 +209,8 @@ def _why_merged_differs(cfg: RunConfig, base: ModelFacts, adapter: AdapterFacts 
         return None
     if cfg.reference.offload is not None:
         return f"{adapter.location} cannot be merged into weights that are kept elsewhere (reference.offload)"
+    if adapter.layer_replication:
+        return f"{adapter.location} stacks layers that share weights, and merging it would change all of them"
     if reference_bits(cfg) or base.quantized:
         return f"merging {adapter.location} into quantized weights would round them again"
     shared = [name for name in adapter.tensors or {} if ".lora_" in name and _SHARED.search(name)]

@@ -265,6 +265,16 @@ def test_an_adapter_on_a_tied_head_fits(tmp_path: Path) -> None:
     assert gather(tied, adapter=adapter).adapter is not None
 
 
+def test_an_adapter_on_stacked_layers_fits_the_base_they_are_made_of(base: Path, tmp_path: Path) -> None:
+    stacked = gather(base, adapter=save_adapter(tmp_path / "adapter", layer_replication=[[0, 2], [1, 2]]))
+    assert stacked.adapter is not None
+    assert stacked.adapter.layer_replication == ((0, 2), (1, 2))
+    assert any("layers.2." in name for name in stacked.adapter.tensors or {})
+    wider = save_adapter(tmp_path / "wider", layer_replication=[[0, 1], [0, 2]], sizes={"hidden_size": 64})
+    with pytest.raises(ModelError, match="is 64 x 64 in the adapter and 32 x 32 in the base"):
+        gather(base, adapter=wider)
+
+
 def test_another_name_with_fitting_shapes_is_a_note(base: Path, tmp_path: Path) -> None:
     renamed = gather(base, adapter=save_adapter(tmp_path / "renamed", name="team/llama"))
     assert "was trained on team/llama" in " ".join(renamed.notes)

@@ -1,6 +1,7 @@
 """The decision: each row of docs/reference.md's tables, each contract, and each choice of the user's."""
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -285,6 +286,20 @@ def test_a_merged_copy_is_refused_where_it_would_change_a_tied_weight() -> None:
         plan_reference(cfg, facts_of(cfg, tied=True, tensors=on_head))
     assert plan_reference(cfg, facts_of(cfg, tensors=on_head)).source is Source.SEPARATE_MODEL
     assert plan_reference(cfg, facts_of(cfg, tied=True)).source is Source.SEPARATE_MODEL
+
+
+def test_an_adapter_on_stacked_layers_is_never_merged() -> None:
+    resumed = run(adapter={"path": "sft"}, reference={"source": "separate_model"})
+    with pytest.raises(PlanError, match="merging it would change all of them"):
+        plan_reference(resumed, facts_of(resumed, layer_replication=((0, 2), (1, 2))))
+    for adapter in (None, {}):
+        named = run(adapter=adapter, reference={"adapter": "sft"})
+        facts = facts_of(named)
+        assert facts.reference_adapter is not None
+        assert plan_reference(named, facts)
+        other = replace(facts.reference_adapter, layer_replication=((0, 2), (1, 2)))
+        with pytest.raises(PlanError, match="merging it would change all of them"):
+            plan_reference(named, replace(facts, reference_adapter=other))
 
 
 @pytest.mark.parametrize("kind", ["PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "IA3"])
