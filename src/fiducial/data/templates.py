@@ -7,6 +7,7 @@ better choice.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ FOLDER = Path(__file__).parent / "chat_templates"
 ALIASES = {"qwen": "chatml"}
 NAMES = tuple(sorted({path.stem for path in FOLDER.glob("*.jinja")} | ALIASES.keys()))
 FALLBACK = "tokenizer_default_fallback_"
+_TODAY = datetime(2024, 7, 26)
+"""What templates are told that ask for today's date; it is Llama 3.2's own default."""
+_DIRECTIVES = ("-d", "-m", *"aAbBcdeFHIjmMpSxXyY")
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class ChatTemplate:
         try:
             rendered = self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
-                chat_template=self.source,
+                chat_template=_on_one_day(self.source),
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
                 **self.kwargs,
@@ -60,6 +64,19 @@ class ChatTemplate:
             return self.render(question, add_generation_prompt=True) != closed
         except OddRow:  # a template with demands of its own; rows will tell
             return True
+
+
+def _on_one_day(source: str) -> str:
+    """The template with today's date, where it asks for that, always the same one.
+
+    With the real one a row would be other tokens tomorrow: for a resumed run, an evaluation, and the cache.
+    transformers hands no functions to templates, so it is one of their own.
+    """
+    if "strftime_now" not in source:
+        return source
+    replaced = "".join(f".replace('%{each}', '{_TODAY.strftime(f'%{each}')}')" for each in _DIRECTIVES)
+    # What ends the prefix is no block, after which a line break would be trimmed.
+    return f"{{% macro strftime_now(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}{{{{ '' }}}}{source}"
 
 
 def choose_template(config: TokenizerConfig, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:

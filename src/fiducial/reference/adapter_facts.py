@@ -31,7 +31,7 @@ class AdapterFacts:
     modules_to_save: tuple[str, ...] = ()
     target_parameters: tuple[str, ...] = ()
     layer_replication: tuple[tuple[int, int], ...] = ()
-    """Ranges of the base's layers that the model under the adapter is stacked from; empty is the base's own."""
+    """Ranges of the base's layers that it stacked them from; empty where the layers are the base's own."""
     base_model: str | None = None
     """The base it was trained on, as its config names it."""
     tensors: Mapping[str, TensorFact] | None = None

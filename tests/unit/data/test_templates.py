@@ -7,8 +7,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from fiducial.config.schema import TokenizerConfig
-from fiducial.data.example import OddRow, Reason
-from fiducial.data.templates import NAMES, choose_template
+from fiducial.data.example import Messages, OddRow, Reason
+from fiducial.data.templates import NAMES, ChatTemplate, choose_template
 from fiducial.errors import ConfigError
 from tiny import CHATML
 
@@ -96,6 +96,20 @@ def test_refusals_and_bad_jinja(byte_tokenizer: PreTrainedTokenizerFast) -> None
     assert broken is not None
     with pytest.raises(ConfigError, match="line 1 is not valid Jinja"):
         broken.render(CHAT, add_generation_prompt=False)
+
+
+def test_a_row_is_the_same_text_tomorrow(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    dated = (
+        "{% if not date is defined %}{% set date = strftime_now('%d %b %Y, %A') %}{% endif %}"
+        "{{ date }}: {{ messages[0]['content'] }}"
+    )
+    messages: Messages = ({"role": "user", "content": "Hi"},)
+    template = ChatTemplate(byte_tokenizer, dated)
+    assert template.render(messages, add_generation_prompt=True) == "26 Jul 2024, Friday: Hi"
+    pinned = ChatTemplate(byte_tokenizer, dated, {"date": "1 Jan 2000"})
+    assert pinned.render(messages, add_generation_prompt=True) == "1 Jan 2000: Hi"
+    kept = ChatTemplate(byte_tokenizer, "\n" + dated)
+    assert kept.render(messages, add_generation_prompt=True) == "\n26 Jul 2024, Friday: Hi"
 
 
 def test_template_settings_reach_the_template(byte_tokenizer: PreTrainedTokenizerFast) -> None:
