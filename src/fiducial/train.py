@@ -15,6 +15,7 @@ from fiducial.agreement import lost_process_explained
 from fiducial.assembly import METRICS_FILE, Assembled, assemble
 from fiducial.config.load import validate_config
 from fiducial.config.schema import RunConfig
+from fiducial.errors import ConfigError
 from fiducial.model.adapters import REFERENCE_ADAPTER
 from fiducial.model_card import write_model_card
 from fiducial.offline import kept_to_cache
@@ -70,6 +71,7 @@ def train(cfg: RunConfig | Mapping[str, Any], *, console: Console | None = None)
     """
     checked = validate_config(cfg)
     require_loggers(checked.output.loggers)
+    _keep_sources(checked)
     settings = None if isinstance(cfg, RunConfig) else dict(cfg)
     console = console or main_console()
     with kept_to_cache(checked, console):
@@ -118,6 +120,28 @@ def preprocess(cfg: RunConfig | Mapping[str, Any], *, console: Console | None = 
                 budget = choose_token_budget(run.cfg, run.facts, run.plan, args.device)
                 score_ahead(run, load_policy(run, args.device, budget), args.device)
     return run
+
+
+def _keep_sources(cfg: RunConfig) -> None:
+    """Refuse to write over what the run, or its reference, starts from."""
+    output, asked = Path(cfg.output.output_dir).resolve(), cfg.reference
+    sources = {
+        "base_model": cfg.model.base_model,
+        "lora_model_dir": None if cfg.adapter is None else cfg.adapter.path,
+        "reference.model": None if asked.endpoint is not None else asked.model,
+        "reference.adapter": asked.adapter,
+    }
+    for key, location in sources.items():
+        if location is None:
+            continue
+        source = Path(location).resolve()
+        below = source.name.startswith("checkpoint-") and output == source.parent
+        if below or output == source:
+            raise ConfigError(
+                f"output_dir: {cfg.output.output_dir} is where {key}: {location} lies, and the run would "
+                "write over it: what it was trained from, or compared with, could not be found again. Name "
+                "another folder."
+            )
 
 
 def _checkpoint_to_resume(cfg: RunConfig) -> Path | None:

@@ -184,6 +184,25 @@ def test_it_learns_and_leaves_everything_behind(tmp_path: Path) -> None:
     assert again["kl"] == pytest.approx(result.metrics["eval_kl"], rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("key", "settings"),
+    [
+        ("base_model", {"base_model": "{out}"}),
+        ("base_model", {"base_model": "{out}/checkpoint-2"}),
+        ("base_model", {"base_model": "{out}/checkpoint-2", "output_dir": "{out}/checkpoint-2"}),
+        ("lora_model_dir", {"adapter": "lora", "lora_model_dir": "{out}/."}),
+        ("reference.model", {"reference": {"model": "{out}"}}),
+        ("reference.adapter", {"reference": {"adapter": "{out}/checkpoint-2"}}),
+    ],
+)
+def test_a_run_never_writes_over_what_it_starts_from(
+    tmp_path: Path, key: str, settings: dict[str, Any]
+) -> None:
+    named = json.loads(json.dumps(settings).replace("{out}", str(tmp_path / "out")))
+    with pytest.raises(ConfigError, match=rf"output_dir: .* is where {key}: .* would write over it"):
+        train(run_config(tmp_path, **named))
+
+
 def test_an_adapter_is_evaluated_as_it_was_trained(tmp_path: Path) -> None:
     config = run_config(tmp_path, rows=16, val_set_size=4, **LORA | {"peft_init_lora_weights": "pissa"})
     result = train(config)
