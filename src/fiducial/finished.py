@@ -52,7 +52,7 @@ def from_folder(folder: Path, overrides: Sequence[str] = ()) -> FinishedRun:
     """
     record = read_record(folder)
     require_whole(folder)
-    require_own_weights(folder, record)
+    _require_own_weights(folder, record)
     cfg = _overridden(record, folder, tuple(overrides)) if overrides else record.run
     return FinishedRun(_as_trained(cfg, record), folder, record, _names_datasets(overrides))
 
@@ -67,7 +67,7 @@ def from_config(cfg: RunConfig, folder: Path | None = None, *, new_data: bool = 
     require_whole(folder)
     record = find_record(folder)
     if record is not None:
-        require_own_weights(folder, record)
+        _require_own_weights(folder, record)
     return FinishedRun(cfg if record is None else _as_trained(cfg, record), folder, record, new_data)
 
 
@@ -83,7 +83,7 @@ def require_whole(folder: Path) -> None:
         )
 
 
-def require_own_weights(folder: Path, record: RunRecord) -> None:
+def _require_own_weights(folder: Path, record: RunRecord) -> None:
     """Raise `ModelError` where the run that began last in `folder` has not left its weights there yet."""
     if record.has_ended:
         return

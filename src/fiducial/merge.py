@@ -10,14 +10,16 @@ from peft import PeftModel
 
 from fiducial.config.schema import AdapterConfig, RunConfig
 from fiducial.errors import ConfigError, ModelError
-from fiducial.finished import require_own_weights
+from fiducial.finished import from_config
 from fiducial.model.checkpoint import read_config
 from fiducial.model.loader import ModelLoader
 from fiducial.model.tokenizer import load_tokenizer
 from fiducial.offline import kept_to_cache
 from fiducial.reference.adapter_facts import read_adapter_facts
-from fiducial.reference.plan import Checkpoint
-from fiducial.run_record import find_record
+from fiducial.reference.facts import gather_facts
+from fiducial.reference.plan import Checkpoint, Source, plan_reference
+from fiducial.reference.predicted import predict_identity
+from fiducial.run_record import require_same_reference
 
 
 def merge_adapter(cfg: RunConfig, output: Path | None = None) -> Path:
@@ -32,7 +34,7 @@ def merge_adapter(cfg: RunConfig, output: Path | None = None) -> Path:
 
     Raises:
         ConfigError: the run trains no adapter, or `output` would replace what is merged.
-        ModelError: there is no trained adapter, another run left it, or it does not fit the base.
+        ModelError: there is no trained adapter, another run left it, or it was trained on another base.
     """
     with kept_to_cache(cfg):
         return _merge(cfg, output)
@@ -68,6 +70,7 @@ def _merge(cfg: RunConfig, output: Path | None) -> Path:
     run = cfg.model_copy(update={"model": model_cfg, "adapter": adapter, "tokenizer": tokenizer_cfg})
 
     tokenizer = load_tokenizer(run)
+    _require_base_of_then(cfg, trained)
     policy, _ = ModelLoader(run, tokenizer).load()
     assert isinstance(policy, PeftModel)
     merged = policy.merge_and_unload(safe_merge=True)
@@ -84,9 +87,23 @@ def _trained_adapter(cfg: RunConfig, trained: Path) -> AdapterConfig:
         )
     if not (trained / "adapter_config.json").is_file():
         raise ModelError(f"output_dir: {trained} holds no trained adapter. Run `fiducial train` first.")
-    if (record := find_record(trained)) is not None:
-        require_own_weights(trained, record)
     return cfg.adapter.model_copy(update={"path": str(trained)})
+
+
+def _require_base_of_then(cfg: RunConfig, trained: Path) -> None:
+    """Raise `ModelError` where the base's files are not those the adapter was trained on, as far as known.
+
+    `run.json` knows the base by itself where the reference was the policy with its adapter off.
+    """
+    finished = from_config(cfg, trained)
+    if finished.record is None or finished.record.reference is None:
+        return
+    plan = plan_reference(finished.cfg, gather_facts(finished.cfg))
+    if plan.source is not Source.ADAPTER_OFF:
+        return
+    now = predict_identity(finished.cfg, plan, load_tokenizer(finished.cfg))
+    if now is not None:
+        require_same_reference(finished.record, now.as_dict())
 
 
 def _keep_sources(target: Path, cfg: RunConfig, trained: Path) -> None:

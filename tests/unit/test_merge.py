@@ -12,7 +12,11 @@ from fiducial.config.methods import DPOConfig
 from fiducial.config.schema import AdapterConfig, ModelConfig, OutputConfig, RunConfig
 from fiducial.errors import ConfigError, ModelError
 from fiducial.merge import merge_adapter
+from fiducial.reference.facts import gather_facts
+from fiducial.reference.plan import plan_reference
+from fiducial.reference.predicted import predict_identity
 from fiducial.run_record import RunRecord
+from finishing import change_one_weight
 from tiny import save_checkpoint, tiny_tokenizer
 
 IDS = torch.arange(40).view(2, 20)
@@ -111,4 +115,16 @@ def test_an_adapter_of_an_earlier_run_in_the_folder_is_not_merged(tmp_path: Path
 def test_stacked_layers_share_weights_and_are_not_merged(tmp_path: Path) -> None:
     run = trained_run(tmp_path, layer_replication=[[0, 2], [1, 2]])
     with pytest.raises(ModelError, match="merging it would change all of them"):
+        merge_adapter(run)
+
+
+def test_another_base_than_was_trained_on_is_not_merged_with(tmp_path: Path) -> None:
+    run = trained_run(tmp_path)
+    plan = plan_reference(run, gather_facts(run))
+    then = predict_identity(run, plan, tiny_tokenizer())
+    assert then is not None
+    RunRecord(run, None, then.as_dict(), None).write(tmp_path / "out")
+    assert merge_adapter(run)
+    change_one_weight(tmp_path / "base" / "model.safetensors")
+    with pytest.raises(ModelError, match=r"1 of 21 weights differ .*q_proj"):
         merge_adapter(run)
