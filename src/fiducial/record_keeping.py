@@ -9,7 +9,8 @@ import torch
 from transformers import TrainerCallback
 
 from fiducial.config.schema import RunConfig
-from fiducial.data.split import contents
+from fiducial.data.dataset import TokenizedDataset
+from fiducial.data.split import contents, in_order
 from fiducial.data.tokenize import TokenizedGroup
 from fiducial.model.precision import resolve_precision
 from fiducial.prepare import Policy, ProvedReference, Run
@@ -54,10 +55,16 @@ def record_of(run: Run, policy: Policy, judged: ProvedReference) -> RunRecord:
         run.settings,
         reference,
         start,
+        trained_on=trained_on(run),
         held_out=held_out(run),
         id=own,
         trained_by=own,
     )
+
+
+def trained_on(run: Run) -> str:
+    """Hash of the training data in its order; empty where rows are streamed."""
+    return in_order(run.data.train) if isinstance(run.data.train, TokenizedDataset) else ""
 
 
 def held_out(run: Run) -> str | None:

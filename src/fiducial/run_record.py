@@ -51,6 +51,8 @@ class RunRecord:
     """Of a synced reference, after its last move."""
     running: Mapping[str, float] = field(default_factory=dict)
     """What the loss carried from step to step, as it stood with the weights beside the record."""
+    trained_on: str = ""
+    """Hash of the training data in its order; empty if not known, as of streamed rows."""
     held_out: str | None = ""
     """Hash of what `val_set_size` kept from training, None where it kept nothing; empty if not known."""
     version: str = VERSION
@@ -63,6 +65,10 @@ class RunRecord:
     def has_ended(self) -> bool:
         """Whether the weights beside the record are this run's."""
         return self.trained_by == self.id
+
+    def trained_on_others(self, now: str) -> bool:
+        """Whether rows, or their order, are others than then; `now` is the hash of today's, if known."""
+        return bool(self.trained_on and now) and self.trained_on != now
 
     def held_out_others(self, now: str | None) -> bool:
         """Whether `val_set_size` holds out what it did not then; `now` is the hash of today's."""
@@ -91,6 +97,7 @@ class RunRecord:
             "start": _plain(self.start),
             "moved": _plain(self.moved),
             "running": dict(self.running),
+            "trained_on": self.trained_on,
             "held_out": self.held_out,
         }
 
@@ -200,6 +207,7 @@ def _read(path: Path) -> RunRecord:
             start=_answers(found["start"]),
             moved=_answers(found["moved"]),
             running={name: float(value) for name, value in found.get("running", {}).items()},
+            trained_on=found.get("trained_on", ""),
             held_out=found.get("held_out", ""),
             version=found["version"],
             id=found.get("id", ""),

@@ -14,7 +14,7 @@ import torch
 from fiducial.data.dataset import TokenizedDataset
 from fiducial.model.precision import resolve_precision
 from fiducial.prepare import Policy, ProvedReference, Run
-from fiducial.record_keeping import held_out
+from fiducial.record_keeping import held_out, trained_on
 from fiducial.reference.describe import plan_report, render_plan
 from fiducial.reference.fill import warn
 from fiducial.reference.memory import estimate_memory
@@ -76,14 +76,22 @@ class RunReport:
         return asdict(expected)
 
     def tell_resumed(self, checkpoint: Path) -> None:
-        """Print where the run goes on, and which settings that decide its result are not those of then."""
-        self.run.console.print(f"Going on from {checkpoint}.", soft_wrap=True)
-        record = self.run.record
-        if record is not None and (changed := changed_settings(record.run, self.run.cfg)):
-            warn(self.run.console, f"settings have changed since that was saved: {'; '.join(changed)}.")
-        if record is not None and record.held_out_others(held_out(self.run)):
+        """Print where the run goes on, and what decides its result and is not as it was then."""
+        run, then = self.run, self.run.record
+        run.console.print(f"Going on from {checkpoint}.", soft_wrap=True)
+        if then is None:
+            return
+        if changed := changed_settings(then.run, run.cfg):
+            warn(run.console, f"settings have changed since that was saved: {'; '.join(changed)}.")
+        if then.trained_on_others(trained_on(run)):
             warn(
-                self.run.console,
+                run.console,
+                "the training data or its order is not what it was when that was saved: rows may be trained "
+                "on twice, or never.",
+            )
+        if then.held_out_others(held_out(run)):
+            warn(
+                run.console,
                 "what val_set_size holds out is not what it was when that was saved: some of it has been "
                 "trained on, and the evaluation is of no use.",
             )

@@ -94,7 +94,9 @@ def test_what_was_trained_on_is_not_evaluated_as_held_out(
     told = Console(record=True, width=300)
     elsewhere = {"resume_from_checkpoint": str(folder / "out" / "checkpoint-2"), "output_dir": str(tmp_path)}
     train(settings | elsewhere | {"seed": 3, "max_steps": 3}, console=told)
-    assert "what val_set_size holds out is not what it was when that was saved" in told.export_text()
+    text = told.export_text()
+    assert "what val_set_size holds out is not what it was when that was saved" in text
+    assert "the training data or its order is not what it was when that was saved" in text
     given = fiducial_command("evaluate", folder / "out", f"datasets.0.path={appended}")
     assert given.exit_code == 0, "whoever names the pairs knows what they are"
 

@@ -81,6 +81,7 @@ def test_a_run_cut_off_in_the_folder_of_an_earlier_one_goes_on_as_itself(
     train(resumed, console=Console(file=told, width=250))
     assert f"Going on from {used / 'checkpoint-2'}." in told.getvalue()
     assert "have changed since that was saved: method.beta: 0.1 then, 0.5 now." in told.getvalue()
+    assert "the training data or its order is not" not in told.getvalue()
     metrics, _ = left_behind(used)
     assert [line["step"] for line in metrics if "loss" in line] == [1, 2, 4, 6]
     assert evaluate(validate_config(resumed))["loss"] == pytest.approx(metrics[-1]["eval_loss"])
