@@ -55,3 +55,15 @@ def _require_scores(groups: TokenizedDataset, method: MethodConfig) -> None:
             f"datasets: {method.written()} reads how good each completion is, and some rows do not say. Name "
             f"the columns: field_chosen_score and field_rejected_score for pairs, field_scores for lists."
         )
+    if method.model_dump().get("offset_scale") == "log":
+        _require_differences(groups, method)
+
+
+def _require_differences(groups: TokenizedDataset, method: MethodConfig) -> None:
+    scores = (groups[index].scores for index in range(len(groups)))
+    equal = sum(better <= worse for better, worse in scores)
+    if equal:
+        raise DataError(
+            f"datasets: {equal} of {len(groups)} pairs have equal scores, and {method.written()} takes the "
+            f"logarithm of their difference. Leave such rows out, or write odpo_offset: identity."
+        )

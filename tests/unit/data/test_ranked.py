@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from fiducial.config.methods import DPOConfig, MethodConfig
+from fiducial.config.methods import DPOConfig, MethodConfig, ODPOConfig
 from fiducial.config.methods.lists import InfoNCAConfig, PlackettLuceConfig, TPOConfig
 from fiducial.config.schema import DatasetConfig
 from fiducial.data.example import OddRow, Reason
@@ -179,3 +179,13 @@ def test_scores_for_all_rows_satisfy_a_method_that_reads_them(load: Load) -> Non
     require_groups(data, InfoNCAConfig())
     assert data.train.scores is not None
     assert np.isfinite(data.train.scores).all()
+
+
+def test_the_logarithm_of_a_difference_needs_one(load: Load) -> None:
+    tie, pair = {"prompt": "?", "completions": THREE, "scores": [2, 2, 2]}, {"prompt": "!"}
+    pair |= {"completions": THREE, "scores": [3, 2, 1]}
+    data = load([tie, pair], type="ranked.best_and_worst")
+    require_groups(data, ODPOConfig(offset_scale="identity"))
+    with pytest.raises(DataError, match=r"1 of 2 pairs have equal scores.*odpo_offset: identity"):
+        require_groups(data, ODPOConfig())
+    require_groups(load([pair], type="ranked.best_and_worst"), ODPOConfig())
