@@ -46,6 +46,7 @@ NOTHING_LOADED = {
     "simpo": {"rl": "simpo"},
     "cpo": {"rl": "cpo"},
     "orpo with an adapter": {"rl": "orpo", **LORA},
+    "orpo with an adapter, separate copy asked for": {"rl": "orpo", "rl_adapter_ref_model": True, **LORA},
     "lora": {"rl": "dpo", **LORA},
     "lora, switch off": {"rl": "dpo", "rl_adapter_ref_model": False, **LORA},
     "ipo lora": {"rl": "ipo", **LORA},
@@ -79,6 +80,7 @@ SECOND_MODEL = {
     "dpo full": {"rl": "dpo"},
     "ipo full": {"rl": "ipo"},
     "kto full": {"rl": "kto"},
+    "dpo full, separate copy asked for": {"rl": "dpo", "rl_adapter_ref_model": True},
     "adapter, separate copy asked for": {"rl": "dpo", "rl_adapter_ref_model": True, **LORA},
 }
 

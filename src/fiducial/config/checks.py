@@ -6,7 +6,7 @@ business: a check says nothing about a value it cannot compare.
 
 from typing import Any
 
-from fiducial.config.method_keys import chosen
+from fiducial.config.method_keys import why_no_reference
 from fiducial.config.outcomes import Key, Note, Outcomes, Refuse, Settings
 from fiducial.config.schedule_keys import held_out
 
@@ -107,20 +107,18 @@ def _reference(settings: Settings) -> Outcomes:
     block = block if isinstance(block, dict) else {}
     source, schedule = block.get("source", "auto"), block.get("schedule", "auto")
     asked: list[tuple[Key, Any]] = [(("reference", key), value) for key, value in block.items()]
-    asked += [(key, settings.get(key)) for key in ("rl_adapter_ref_model", "precompute_ref_log_probs")]
+    asked.append(("precompute_ref_log_probs", settings.get("precompute_ref_log_probs")))
     trl = settings.get("trl")
     if isinstance(trl, dict):
         asked.append((("trl", "sync_ref_model"), trl.get("sync_ref_model")))
     asked = [(key, value) for key, value in asked if value not in (None, False, "auto", "none")]
-    name = settings.get("rl")
-    losses = chosen(settings)
-    if name is None or (losses and not any(loss.needs_reference for loss in losses)):
-        why = f"{losses[0].written()} has no reference" if losses else "there is no reference without rl"
+    if why := why_no_reference(settings):
         yield from (Refuse(key, f"has no effect: {why}; remove it") for key, _ in asked)
         return
     if source == "none":
         yield Refuse(
-            ("reference", "source"), f"rl: {name} needs a reference; write auto, or rl: orpo, simpo or cpo"
+            ("reference", "source"),
+            f"rl: {settings['rl']} needs a reference; write auto, or rl: orpo, simpo or cpo",
         )
     if source == "initial_policy" and schedule in ("live", "synced"):
         yield Refuse(

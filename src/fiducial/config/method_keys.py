@@ -93,6 +93,15 @@ def chosen(settings: Settings) -> tuple[type[MethodConfig], ...]:
     return tuple(family[str(each)] for each in types if str(each) in family)
 
 
+def why_no_reference(settings: Settings) -> str | None:
+    """Why there is nothing the policy is compared with; None where there is, or where `rl` is no method."""
+    losses = chosen(settings)
+    if settings.get("rl") is None:
+        return "there is no reference without rl"
+    free = bool(losses) and not any(loss.needs_reference for loss in losses)
+    return f"{losses[0].written()} has no reference" if free else None
+
+
 def key_of(field: str, settings: Settings) -> Key:
     """The key that sets a hyperparameter in `settings`."""
     if field == "beta":

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from fiducial.config.method_keys import why_no_reference
 from fiducial.config.outcomes import Note, Outcomes, Put, Refuse, Settings
 
 
@@ -12,21 +13,25 @@ def reference(settings: Settings) -> Outcomes:
         yield Refuse("reference", "must be a mapping, for example reference: {source: separate_model}")
         return
     yield from (Put(f"reference.{field}", value, ("reference", field)) for field, value in block.items())
-    copy = settings.get("rl_adapter_ref_model", False)
-    if not isinstance(copy, bool):
-        yield Refuse("rl_adapter_ref_model", "must be true or false")
-    elif copy and settings.get("adapter") is None:
-        yield Refuse(
-            "rl_adapter_ref_model", "has no effect without adapter; write reference: {source: separate_model}"
-        )
-    elif copy and block.get("source", "separate_model") != "separate_model":
-        yield Refuse(
-            "rl_adapter_ref_model", f"contradicts reference.source: {block['source']}; keep one of them"
-        )
-    elif copy:
-        yield Put("reference.source", "separate_model", "rl_adapter_ref_model")
+    yield from _separate_copy(settings, block)
     yield from _schedule(settings.get("precompute_ref_log_probs"), block)
     yield from _sync(settings.get("trl"), block)
+
+
+def _separate_copy(settings: Settings, block: dict[str, Any]) -> Outcomes:
+    """A second model instead of the adapter switched off; harmless where there is neither."""
+    key = "rl_adapter_ref_model"
+    copy = settings.get(key, False)
+    if not isinstance(copy, bool):
+        yield Refuse(key, "must be true or false")
+    elif copy and (why := why_no_reference(settings)):
+        yield Note(key, f"asks for nothing: {why}")
+    elif copy and settings.get("adapter") is None:
+        yield Note(key, "asks for what is so anyway: there is no adapter to switch off")
+    elif copy and block.get("source", "separate_model") != "separate_model":
+        yield Refuse(key, f"contradicts reference.source: {block['source']}; keep one of them")
+    elif copy:
+        yield Put("reference.source", "separate_model", key)
 
 
 def _schedule(precompute: Any, block: dict[str, Any]) -> Outcomes:

@@ -22,16 +22,15 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
 from fiducial.agreement import all_or_none
 from fiducial.data.micro_batches import Load
 from fiducial.data.tokenize import TokenizedGroup
-from fiducial.model.adapters import POLICY_ADAPTER
+from fiducial.training.adapter_trainer import AdapterTrainer
 from fiducial.training.callbacks import KeepsFiles, LossMemory, RunningMetrics, restore_callbacks
 from fiducial.training.dataloader import Process, StepSampler, step_dataloader
 from fiducial.training.evaluation import Evaluation
@@ -68,7 +67,7 @@ class _Taken:
     """Of each micro-batch, one for a group."""
 
 
-class PreferenceTrainer(Trainer):
+class PreferenceTrainer(AdapterTrainer):
     """Minimises an objective over groups."""
 
     model: PreTrainedModel
@@ -192,28 +191,6 @@ class PreferenceTrainer(Trainer):
     def floating_point_ops(self, inputs: Any) -> int:
         """Of one step's products with weights."""
         return floating_point_ops(inputs, self.objective)
-
-    def load_weights(self, folder: Path) -> None:
-        """Put the weights (or the adapter) saved in `folder` into the model."""
-        self._load_from_checkpoint(str(folder))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """As transformers does, but an adapter's tensors go into the adapter that is there.
-
-        PEFT's `load_adapter` would prepare it again: PiSSA and OLoRA would decompose the base a second time.
-        """
-        policy = model if model is not None else self.model
-        if not isinstance(policy, PeftModel) or self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        weights = load_peft_weights(resume_from_checkpoint, device="cpu")
-        set_peft_model_state_dict(policy, weights, adapter_name=POLICY_ADAPTER)
-
-    def _load_best_model(self) -> None:
-        if isinstance(self.model, PeftModel) and not self.is_fsdp_enabled:
-            self.load_weights(Path(self.state.best_model_checkpoint or ""))
-        else:
-            super()._load_best_model()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with self.running.stopwatch.paused():

@@ -1,8 +1,10 @@
 """Rules between keys: each row is refused with its reason, and its neighbour that is right is accepted."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from fiducial.config.load import load_run, validate_config
 from fiducial.errors import ConfigError
@@ -184,7 +186,6 @@ def test_keys_that_do_not_go_together(wrong: dict[str, Any], message: str, right
         ),
         ({"rl": "simpo", "reference": {"model": "x"}}, "has no effect: rl: simpo has no reference"),
         ({"rl": "cpo", "precompute_ref_log_probs": True}, "has no effect: rl: cpo has no reference"),
-        (LORA | {"rl": "orpo", "rl_adapter_ref_model": True}, "has no effect: rl: orpo has no reference"),
         ({"rl": None, "reference": {"model": "x"}}, "there is no reference without rl"),
         (
             {"reference": {"source": "initial_policy", "schedule": "live"}},
@@ -201,10 +202,6 @@ def test_keys_that_do_not_go_together(wrong: dict[str, Any], message: str, right
         (
             {"reference": {"source": "initial_policy", "device": "cpu"}},
             "reference.device: cpu — has no effect",
-        ),
-        (
-            {"rl_adapter_ref_model": True},
-            "has no effect without adapter; write reference: {source: separate_model}",
         ),
         (
             LORA | {"rl_adapter_ref_model": True, "reference": {"source": "adapter_off"}},
@@ -300,3 +297,18 @@ def test_harmless_leftovers_are_noted(tmp_path: Any) -> None:
         "gradient_checkpointing_kwargs",
         "hub_strategy",
     ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "note"),
+    [
+        (LORA | {"rl": "orpo"}, "asks for nothing: rl: orpo has no reference"),
+        ({"rl": "dpo"}, "asks for what is so anyway: there is no adapter to switch off"),
+    ],
+)
+def test_a_separate_copy_is_asked_for_in_vain(settings: dict[str, Any], note: str, tmp_path: Path) -> None:
+    """axolotl's files have the switch in them; with it or without, it is the same run."""
+    path = tmp_path / "run.yaml"
+    asked = {"base_model": "m"} | DATA | settings | {"rl_adapter_ref_model": True}
+    path.write_text(yaml.safe_dump(asked))
+    assert any("rl_adapter_ref_model" in each and note in each for each in load_run(path).notes)
