@@ -116,6 +116,26 @@ def hub_offline() -> Iterator[None]:
             os.environ["HF_HUB_OFFLINE"] = said
 
 
+@contextmanager
+def reading_uncounted() -> Iterator[None]:
+    """Inside, `datasets` opens files without telling a server that it does.
+
+    For each `load_dataset("json", data_files=…)` it asks for a page in a bucket on s3.amazonaws.com, whose
+    visits are counted. Where packets are dropped that is 3 seconds a dataset, where no name server answers
+    many more. Sets what datasets has made of HF_UPDATE_DOWNLOAD_COUNTS when it was imported: there is no call
+    for it. Can go when only what is on the hub is counted
+    (https://github.com/huggingface/datasets/blob/main/src/datasets/load.py).
+    """
+    import datasets
+
+    before = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    try:
+        yield
+    finally:
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = before
+
+
 def has_onednn_product() -> bool:
     """Whether this torch has the operator behind `onednn_product`."""
     return hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -11,11 +11,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import datasets
 from datasets import IterableDataset
 
 from fiducial.config.schema import DatasetConfig
-from fiducial.data.sources import load_arguments, open_saved, pick_split
+from fiducial.data.sources import load, load_arguments, open_saved, pick_split
 from fiducial.data.unreadable import UNREADABLE, explained, local_files, quiet, unreadable
 from fiducial.errors import ConfigError, DataError
 
@@ -88,14 +87,14 @@ def open_stream(config: DatasetConfig, *, where: str) -> RowStream:
 def _load(config: DatasetConfig, where: str, place: str) -> IterableDataset:
     arguments = load_arguments(config, where)
     if config.split is None:
-        return pick_split(datasets.load_dataset(**arguments, streaming=True), where, place)
+        return pick_split(load(arguments, streaming=True), where, place)
     parts = _SLICE.fullmatch(config.split)
     if parts is None:
         raise ConfigError(
             f"{where}.split: '{config.split}' needs the number of rows, which is not known of a stream. "
             f"Count rows from the beginning, as in train[:1000] or train[1000:], or write streaming: false."
         )
-    rows = datasets.load_dataset(**arguments, split=parts["name"], streaming=True)
+    rows = load(arguments, split=parts["name"], streaming=True)
     start, stop = int(parts["start"] or 0), parts["stop"]
     if stop:
         rows = rows.take(int(stop))

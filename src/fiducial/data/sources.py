@@ -7,12 +7,14 @@ named, so that a test set is never read from training rows by default. `row_stre
 row by row.
 """
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
 import datasets
 from datasets import Dataset, DatasetDict, IterableDataset
 
+from fiducial import compat
 from fiducial.config.schema import DatasetConfig
 from fiducial.data.unreadable import explained, local_files, quiet
 from fiducial.errors import ConfigError, DataError
@@ -41,8 +43,7 @@ def open_dataset(config: DatasetConfig, *, where: str, num_proc: int | None = No
     with quiet(), explained(place, local_files(config)):
         opened = open_saved(config, where)
         if opened is None:
-            arguments = load_arguments(config, where)
-            opened = datasets.load_dataset(**arguments, split=config.split, num_proc=num_proc)
+            opened = load(load_arguments(config, where), split=config.split, num_proc=num_proc)
     rows = pick_split(opened, where, place)
     if config.shards is not None:
         if config.shards > max(len(rows), 1):
@@ -63,6 +64,13 @@ def open_saved(config: DatasetConfig, where: str) -> Dataset | DatasetDict | Non
         return None
     _refuse(config, where, ("name", "data_files", "ds_type", "revision"), "a dataset saved to disk")
     return _slice_saved(datasets.load_from_disk(str(path)), config)
+
+
+def load(arguments: dict[str, Any], **how: Any) -> Any:
+    """`load_dataset`, which tells nobody of files that it is given."""
+    given_files = arguments["path"] in BUILDERS.values()
+    with compat.reading_uncounted() if given_files else nullcontext():
+        return datasets.load_dataset(**arguments, **how)
 
 
 def load_arguments(config: DatasetConfig, where: str) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Opening data: every kind of file and folder, splits, and what is said when it cannot be opened."""
 
 import gc
+import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from datasets import Dataset, DatasetDict
 
 from data_files import KINDS, ROWS, save_as
 from fiducial.config.schema import DatasetConfig
+from fiducial.data.row_stream import open_stream
 from fiducial.data.sources import open_dataset
 from fiducial.errors import ConfigError, DataError
 
@@ -24,6 +27,21 @@ def test_local_files(kind: str, tmp_path: Path) -> None:
     assert opened(path) == ROWS
     assert opened(path, split="train[1:3]") == ROWS[1:3]
     assert opened(f"file://{path}") == ROWS
+
+
+@pytest.mark.parametrize("read", [open_dataset, open_stream])
+def test_nobody_is_told_of_local_files(
+    read: Callable[..., object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *address, **options: asked.append(address) or [])
+    for name, value in (("HF_HUB_OFFLINE", False), ("HF_UPDATE_DOWNLOAD_COUNTS", True)):
+        monkeypatch.setattr(datasets.config, name, value)
+    (tmp_path / "rows").mkdir()
+    for path in (save_as("jsonl", tmp_path / "rows"), tmp_path / "rows"):
+        read(DatasetConfig(path=str(path)), where="datasets.0")
+    assert asked == []
+    assert datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
 
 
 def test_folders_data_files_and_ds_type(tmp_path: Path) -> None:
