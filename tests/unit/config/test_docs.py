@@ -78,7 +78,7 @@ def _default(key: str) -> str:
     field = model.model_fields[name]
     if field.is_required():
         return "required"
-    value = field.get_default(call_default_factory=True)
+    value = field.get_default(call_default_factory=True, validated_data={})
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):

@@ -226,6 +226,15 @@ def test_quantisation_names_what_is_missing(base: Path, monkeypatch: pytest.Monk
         load(run(base, load_in_4bit=True))
 
 
+def test_quantisation_needs_a_bitsandbytes_that_computes_right(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.47.0")
+    with pytest.raises(ModelError, match=r"bitsandbytes 0\.48 or newer, and 0\.47\.0 is installed"):
+        load(run(base, load_in_8bit=True))
+
+
 def test_remote_code_stays_off(copy: Path) -> None:
     cfg = run(copy)
     tokenizer = load_tokenizer(cfg)

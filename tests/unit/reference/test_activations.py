@@ -39,8 +39,8 @@ def stored_per_token(model: torch.nn.Module, *, autocast: bool = False) -> float
 
     def save(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        cast_weight = tuple(tensor.shape) in shapes or tuple(tensor.mT.shape) in shapes
-        if storage.data_ptr() not in weights and not (tensor.dim() == 2 and cast_weight):
+        cast_weight = tensor.dim() == 2 and bool({tuple(tensor.shape), tuple(tensor.T.shape)} & shapes)
+        if storage.data_ptr() not in weights and not cast_weight:
             stored[storage.data_ptr()] = storage.nbytes()
             kept.append(tensor)  # alive, so that no address is used twice
         return tensor
