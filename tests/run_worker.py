@@ -1,7 +1,7 @@
 """Processes of whole runs, started by torchrun: `train(cfg)` for each of the runs in a JSON file, in turn.
 
 A run is {"settings": keys of the YAML, "stop_after": a step or null}. A run with `fsdp_version` is really
-sharded, on the CPU, where accelerate would silently replicate it.
+sharded, on the CPU, where accelerate would silently replicate it; each step makes sure.
 """
 
 import json
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
 from fiducial import assembly
@@ -45,6 +46,10 @@ class ShardedTrainer(PreferenceTrainer):
             # Both, as accelerate does on a GPU: each new AcceleratorState takes it from PartialState.
             state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
             self.is_fsdp_enabled = True
+
+    def training_step(self, model: Any, *arguments: Any, **options: Any) -> torch.Tensor:
+        assert isinstance(model, FSDPModule) == bool(self.args.fsdp), "it is replicated instead"
+        return super().training_step(model, *arguments, **options)
 
 
 def run(settings: dict[str, Any], stop_after: int | None) -> None:

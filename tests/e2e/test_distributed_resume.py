@@ -25,6 +25,7 @@ LORA = {"adapter": "lora", "lora_r": 4}
 SHARDED = {"fsdp_version": 2, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}
 LIVE = {"reference": {"schedule": "live"}}
 SYNCED = {"schedule": "synced", "sync_steps": 2}
+OFFLOADED = {"model": "other", "offload": "disk"}
 STREAMED = {"streaming": True, "streaming_multipack_buffer_size": 5, "max_steps": 6}
 KINDS: dict[str, dict[str, Any]] = {
     "replicated": {"learning_rate": 1e-3},
@@ -40,7 +41,10 @@ KINDS: dict[str, dict[str, Any]] = {
 REFERENCES: dict[str, dict[str, Any]] = {
     "sharded, synced": {"reference": SYNCED | {"mixup_alpha": 0.25}},
     "sharded adapter, named": LORA | {"reference": {"adapter": "start", "schedule": "live"}},
-    "sharded, offloaded": STREAMED | {"reference": {"model": "other", "offload": "disk"}},
+    "sharded adapter, named, streamed": LORA | STREAMED | {"reference": {"adapter": "start"}},
+    "sharded, offloaded": {"reference": OFFLOADED},
+    "sharded, offloaded, live": {"reference": OFFLOADED | {"schedule": "live"}},
+    "sharded, offloaded, streamed": STREAMED | {"reference": OFFLOADED},
 }
 """Runs that are not resumed: with references that stand beside a sharded policy."""
 ONE_PROCESS = [kind for kind in KINDS if kind.startswith("sharded")]
@@ -50,7 +54,7 @@ def settings(folder: Path, kind: str, output: str, **more: Any) -> dict[str, Any
     """Two epochs of three steps, each of four pairs in two processes."""
     chosen = {"num_epochs": 2, "logging_steps": 2, "val_set_size": 3, "eval_steps": 3, "micro_batch_size": 2}
     chosen |= (KINDS[kind] if kind in KINDS else MOMENTUM | {"fsdp_version": 2} | REFERENCES[kind]) | more
-    if "live" in kind:
+    if "live reference" in kind:
         chosen["lora_model_dir"] = str(folder / "start")
     places = {name: str(folder / name) for name in ("start", "other")}
     if "reference" in chosen:
@@ -88,6 +92,10 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(file)
 
 
+def furthest(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    return max((first[name] - second[name]).abs().max().item() for name in second)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_stopped_and_resumed_is_uninterrupted(together: Path, kind: str) -> None:
     whole, resumed = together / kind / "whole", together / kind / "broken"
@@ -110,7 +118,7 @@ def test_a_sharded_run_leaves_the_whole_model_of_one_process(together: Path, kin
     expected, found = weights(together / kind / "alone"), weights(sharded)
     assert set(found) == set(expected)
     assert all(found[name].shape == expected[name].shape for name in expected)
-    assert max((found[name] - expected[name]).abs().max().item() for name in expected) < 1e-5
+    assert furthest(found, expected) < 1e-5
     for (_, ours), (_, theirs) in zip(losses(sharded), losses(together / kind / "alone"), strict=True):
         assert math.isclose(ours, theirs, rel_tol=1e-4)
 
@@ -119,6 +127,14 @@ def test_a_sharded_run_leaves_the_whole_model_of_one_process(together: Path, kin
 def test_an_adapters_layers_are_gathered_once_for_its_live_reference(together: Path, kind: str) -> None:
     plan = json.loads((together / kind / "whole" / PLAN_FILE).read_text(encoding="utf-8"))["reference"]
     assert plan["gathered_once"] == ("adapter" in kind)
+
+
+@pytest.mark.parametrize("kind", ["sharded adapter, named, streamed", "sharded, offloaded, live"])
+def test_the_start_as_reference_would_leave_another_model(together: Path, kind: str) -> None:
+    alone = settings(together, kind, "control", micro_batch_size=4)
+    train({key: value for key, value in alone.items() if not key.startswith(("fsdp_", "reference"))})
+    control, found = weights(together / kind / "control"), weights(together / kind / "whole")
+    assert furthest(found, control) > 1e-4
 
 
 @pytest.mark.parametrize("kind", ONE_PROCESS)
