@@ -91,6 +91,24 @@ def enable_gradient_checkpointing(model: nn.Module, options: dict[str, Any]) -> 
 
 
 @contextmanager
+def weights_in_every_process() -> Iterator[None]:
+    """Inside, transformers reads a checkpoint in every process.
+
+    Where FSDP_CPU_RAM_EFFICIENT_LOADING is set, as `accelerate launch` does, only rank 0 would be sure to
+    have the weights before they are sharded, and here each scores its share of the reference on them:
+    transformers up to 5.22 sets those of the others to zero. Can go when transformers has an argument for it
+    (https://github.com/huggingface/transformers/blob/main/src/transformers/modeling_utils.py).
+    """
+    name = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+    said = os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        if said is not None:
+            os.environ[name] = said
+
+
+@contextmanager
 def hub_offline() -> Iterator[None]:
     """Inside, the hub's client and the libraries that use it keep to what is cached.
 

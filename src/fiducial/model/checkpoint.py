@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from fiducial import compat
 from fiducial.config.schema import ModelConfig
 from fiducial.errors import ModelError
 from fiducial.reference.plan import Checkpoint
@@ -50,6 +51,7 @@ def read_config(checkpoint: Checkpoint, cfg: ModelConfig, overrides: dict[str, A
     return config
 
 
+@compat.weights_in_every_process()
 def load_weights(
     checkpoint: Checkpoint, config: PreTrainedConfig, cfg: ModelConfig, dtype: torch.dtype, **placement: Any
 ) -> PreTrainedModel:

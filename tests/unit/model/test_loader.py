@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -6,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from fiducial.config.schema import RunConfig
 from fiducial.errors import ModelError
@@ -218,6 +219,22 @@ def test_a_backbone_without_a_head_is_incomplete(base: Path, tmp_path: Path) -> 
     AutoModel.from_pretrained(base).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="language-model head"):
         ModelLoader(run(tmp_path), load_tokenizer(run(base))).load()
+
+
+def test_each_process_of_an_fsdp_launch_reads_the_weights(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, read = [], AutoModelForCausalLM.from_pretrained
+
+    def reading(*arguments: Any, **options: Any) -> Any:
+        asked.append(os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING"))
+        return read(*arguments, **options)
+
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", reading)
+    load(run(base))
+    assert asked == [None]
+    assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"
 
 
 def test_quantisation_names_what_is_missing(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
