@@ -9,6 +9,9 @@ import os
 import ssl
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from queue import Empty, Queue
@@ -21,6 +24,8 @@ from fiducial.config.schema import RunConfig
 SECONDS = 3.0
 """Several times what a slow line needs; a name that the resolver waits for counts too."""
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+_FOUND: ContextVar[str | None] = ContextVar("found", default=None)
+"""Why it was we who set HF_HUB_OFFLINE, and not the user."""
 
 
 def keep_to_cache(cfg: RunConfig) -> str | None:
@@ -31,7 +36,35 @@ def keep_to_cache(cfg: RunConfig) -> str | None:
     reason = out_of_reach(cfg)
     if reason is not None:
         os.environ["HF_HUB_OFFLINE"] = "1"
+        _FOUND.set(reason)
     return reason
+
+
+@contextmanager
+def remembered(reason: str) -> Iterator[None]:
+    """Inside, HF_HUB_OFFLINE is set because of `reason`, and messages say so."""
+    before = _FOUND.set(reason)
+    try:
+        yield
+    finally:
+        _FOUND.reset(before)
+
+
+def lacks_hub(location: str, error: Exception) -> bool:
+    """Whether a library that was to load `location` raised `error` because nothing can be fetched."""
+    return isinstance(error, OSError) and is_hub_name(location) and unreachable() is not None
+
+
+def not_at_hand(named: str, error: Exception) -> str:
+    """What to tell of `named`, a YAML key and its value, that is not cached where the hub cannot be asked.
+
+    `error` is the client's.
+    """
+    return (
+        f"{named} is not here and not cached, and the hub cannot be reached to look it up "
+        f"({unreachable() or error}). Check the path, or go online once so that it is cached. HF_ENDPOINT "
+        "names a mirror; HF_HUB_OFFLINE=0 keeps trying."
+    )
 
 
 def out_of_reach(cfg: RunConfig) -> str | None:
@@ -61,7 +94,8 @@ def unreachable() -> str | None:
 @cache
 def _unreachable(minute: int) -> str | None:
     if (said := _said()) is not None:
-        return "HF_HUB_OFFLINE is set" if said.upper() in ("1", "ON", "YES", "TRUE") else None
+        switched_off = said.upper() in ("1", "ON", "YES", "TRUE")
+        return (_FOUND.get() or "HF_HUB_OFFLINE is set") if switched_off else None
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     if _through_socks(endpoint):
         return None

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from fiducial import compat
 from fiducial.config.schema import RunConfig
-from fiducial.hub import out_of_reach
+from fiducial.hub import out_of_reach, remembered
 from fiducial.reference.fill import warn
 
 
@@ -23,5 +23,5 @@ def kept_to_cache(cfg: RunConfig, console: Console | None = None) -> Iterator[No
         return
     if console is not None:
         warn(console, f"the hub cannot be reached ({reason}): using what is cached.")
-    with compat.hub_offline():
+    with remembered(reason), compat.hub_offline():
         yield

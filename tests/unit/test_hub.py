@@ -22,7 +22,9 @@ from rich.console import Console
 
 from fiducial import hub
 from fiducial.config.load import validate_config
+from fiducial.errors import FiducialError
 from fiducial.evaluate import evaluate
+from fiducial.offline import kept_to_cache
 from fiducial.train import train
 from run_configs import run_config
 
@@ -159,9 +161,50 @@ def test_a_name_that_is_not_cached_is_refused_at_once(tmp_path: Path) -> None:
     done = fiducial(tmp_path, "plan", "some/other")
     assert time.monotonic() - begun < 8
     assert done.returncode == 2
-    assert "base_model: some/other is no folder here and not cached, and the hub" in done.stderr
+    assert "base_model: some/other is not here and not cached, and the hub" in done.stderr
     assert f"({NOBODY}: Connection refused)" in done.stderr
     assert "go online once" in done.stderr
+
+
+LORA = {"adapter": "lora", "lora_r": 2}
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"base_model": "some/other"}, "base_model: some/other"),
+        ({"base_model": "some/model"}, "A file of some/model"),  # its config.json is cached
+        ({"tokenizer_config": "some/other"}, "tokenizer_config: the tokenizer of some/other"),
+        ({"datasets": [{"path": "some/other"}]}, "datasets.0.path: 'some/other'"),
+        ({"reference": {"model": "some/other"}}, "reference.model: some/other"),
+        (LORA | {"reference": {"adapter": "some/other"}}, "reference.adapter: some/other"),
+        (LORA | {"lora_model_dir": "some/other"}, "lora_model_dir: some/other"),
+    ],
+)
+def test_what_is_not_cached_is_named_with_a_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], named: str
+) -> None:
+    local = json.loads(hub_run(tmp_path, "some/model").read_text()) | {
+        "base_model": str(tmp_path / "base-llama")
+    }
+    (weights,) = (tmp_path / "home").rglob("model.safetensors")
+    weights.unlink()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+    with pytest.raises(FiducialError) as error:
+        train(local | changed, console=Console(quiet=True))
+    reason = f"the hub cannot be reached to look it up ({NOBODY}: Connection refused)"
+    assert f"{named} is not here and not cached, and {reason}" in str(error.value)
+    assert "go online once so that it is cached" in str(error.value)
+
+
+def test_the_reason_outlasts_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = validate_config({"base_model": "some/model", "rl": "dpo", "datasets": [{"path": "/pairs.jsonl"}]})
+    with kept_to_cache(cfg):
+        hub._unreachable.cache_clear()
+        assert hub.unreachable() == f"{NOBODY}: Connection refused"
+    hub._unreachable.cache_clear()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert hub.unreachable() == "HF_HUB_OFFLINE is set"
 
 
 def test_what_a_run_names_there(monkeypatch: pytest.MonkeyPatch) -> None:

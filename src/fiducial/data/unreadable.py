@@ -17,7 +17,7 @@ from huggingface_hub.utils import logging as hub_logging
 
 from fiducial.config.schema import DatasetConfig
 from fiducial.errors import DataError
-from fiducial.hub import unreachable
+from fiducial.hub import not_at_hand
 
 UNREADABLE = (ValueError, OSError, EOFError, ImportError, zlib.error, pa.ArrowException, DatasetsError)
 """What a damaged file, a lost connection or a missing package raises."""
@@ -63,10 +63,7 @@ def explained(place: str, files: Sequence[Path] = ()) -> Iterator[None]:
     try:
         yield
     except ConnectionError as error:
-        raise DataError(
-            f"{place} is no local file or folder and not cached, and the hub cannot be reached to look there "
-            f"({unreachable() or error}). Check the path, or the network and HF_HUB_OFFLINE."
-        ) from error
+        raise DataError(not_at_hand(place, error)) from error
     except FileNotFoundError as error:
         reason = str(error).partition(" with any supported extension")[0]
         raise DataError(f"{place} was not found, neither here nor on the hub: {reason}") from error

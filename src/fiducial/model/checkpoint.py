@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from fiducial import compat
 from fiducial.config.schema import ModelConfig
 from fiducial.errors import ModelError
+from fiducial.hub import lacks_hub, not_at_hand
 from fiducial.reference.plan import Checkpoint
 
 logger = logging.getLogger("fiducial")
@@ -152,8 +153,9 @@ def _cannot_open(checkpoint: Checkpoint, error: Exception) -> str:
     folder = Path(path)
     if path.startswith(("/", ".", "~")) and not folder.exists():
         return f"There is no folder {at}."
-    if (setting := _setting_in_the_way(at, reason)) is not None:
-        return setting
+    uncached = not_at_hand(f"A file of {at}", error) if lacks_hub(path, error) else None
+    if (known := _setting_in_the_way(at, reason) or uncached) is not None:
+        return known
     if "Unrecognized configuration class" in reason:
         kind = re.search(r"(\w+)'>", reason)
         return (

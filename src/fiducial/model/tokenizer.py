@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fiducial.config.schema import RunConfig
 from fiducial.errors import ModelError
+from fiducial.hub import lacks_hub, not_at_hand
 from fiducial.reference.plan import Checkpoint
 from fiducial.reference.vocabulary import different_vocabulary, vocabulary_difference
 
@@ -68,6 +69,9 @@ def _open(path: str, cfg: RunConfig) -> PreTrainedTokenizerBase:
         )
     # A damaged file raises whatever its parser raises; the Rust one knows only bare Exceptions.
     except Exception as error:
+        if lacks_hub(path, error):
+            key = "tokenizer_config" if cfg.tokenizer.path else "base_model"
+            raise ModelError(not_at_hand(f"{key}: the tokenizer of {path}", error)) from error
         remedy = (
             "correct `tokenizer_config:`" if cfg.tokenizer.path else "name another with `tokenizer_config:`"
         )

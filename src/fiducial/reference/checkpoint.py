@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fiducial.errors import ModelError
-from fiducial.hub import unreachable
+from fiducial.hub import not_at_hand, unreachable
 
 _HEADER_LIMIT = 100_000_000
 """No header is longer: a larger number means the file is something else."""
@@ -81,11 +81,7 @@ class CheckpointFiles:
         except LocalEntryNotFoundError as error:
             if name != "config.json" and self.find("config.json"):
                 return None  # offline, with a cache that holds the checkpoint but not this optional file
-            raise ModelError(
-                f"{self.key}: {self.location} is no folder here and not cached, and the hub cannot be "
-                f"reached to look it up ({unreachable() or error}). Check the path, or go online once so "
-                "that it is cached. HF_ENDPOINT names a mirror; HF_HUB_OFFLINE=0 keeps trying."
-            ) from error
+            raise ModelError(not_at_hand(f"{self.key}: {self.location}", error)) from error
         except EntryNotFoundError:
             return None
         except (HfHubHTTPError, HFValidationError) as error:

@@ -117,7 +117,7 @@ def test_a_column_of_two_types_names_the_file(tmp_path: Path) -> None:
         (
             {"path": "owner/name"},
             DataError,
-            "no local file or folder and not cached, and the hub cannot be reached",
+            "is not here and not cached, and the hub cannot be reached",
         ),
         ({"path": "owner/name", "trust_remote_code": True}, ConfigError, "no longer runs dataset scripts"),
         (

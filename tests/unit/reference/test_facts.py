@@ -135,7 +135,7 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 def test_an_unknown_name_offline_is_neither_here_nor_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
-        ModelError, match="base_model: nobody/nothing is no folder here and not cached, and the hub"
+        ModelError, match="base_model: nobody/nothing is not here and not cached, and the hub"
     ):
         gather("nobody/nothing")
 
