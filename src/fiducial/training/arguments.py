@@ -7,15 +7,21 @@ for float16, whose gradients need its scaler); gradient checkpointing is switche
 
 import math
 import os
+from difflib import get_close_matches
+from enum import Enum
 from typing import Any
 
 import torch
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
+from transformers.utils.import_utils import is_torch_tf32_available
 
 from fiducial.compat import use_one_device
 from fiducial.config.schema import RunConfig
 from fiducial.errors import ConfigError
 from fiducial.model.precision import resolve_precision
+from fiducial.training.optimizer_settings import check_optimizer_settings, optimizer_options
 
 STEPS_INSIDE_BACKWARD = ("lomo", "adalomo")
 
@@ -29,6 +35,7 @@ def training_arguments(
         ConfigError: a setting, or two together, that transformers or this machine cannot honour.
     """
     _check_optimizer(cfg)
+    _check_tf32(cfg)
     _check_launch(cfg)
     steps_per_epoch = math.ceil(num_rows / (cfg.optimization.groups_per_step * world_size()))
     settings: dict[str, Any] = (
@@ -44,6 +51,7 @@ def training_arguments(
         raise ConfigError(f"The training settings do not go together: {error}") from error
     assert args.world_size == world_size(), "each process would train on its own"
     use_one_device(args)
+    check_optimizer_settings(args)
     return args
 
 
@@ -68,7 +76,7 @@ def _optimization(cfg: RunConfig) -> dict[str, Any]:
         "max_steps": options.max_steps,
         "learning_rate": options.learning_rate,
         "optim": options.optimizer,
-        "optim_args": _optimizer_arguments(options.optim_args),
+        "optim_args": optimizer_options(options.optim_args),
         "weight_decay": options.weight_decay,
         "max_grad_norm": options.max_grad_norm,
         "adam_beta1": options.adam_beta1,
@@ -175,18 +183,30 @@ def _warmup(cfg: RunConfig) -> float:
     return min(cfg.optimization.warmup_ratio or 0.0, math.nextafter(1.0, 0.0))
 
 
-def _optimizer_arguments(options: str | dict[str, Any] | None) -> str | None:
-    if isinstance(options, dict):
-        return ",".join(f"{name}={value}" for name, value in options.items())
-    return options
-
-
 def _check_optimizer(cfg: RunConfig) -> None:
     name = cfg.optimization.optimizer
+    _check_name("optimizer", name, OptimizerNames)
+    _check_name("lr_scheduler", cfg.optimization.lr_scheduler, SchedulerType)
     if name in STEPS_INSIDE_BACKWARD or name.endswith("_layerwise"):
         raise ConfigError(
             f"optimizer: {name} updates weights inside backward, so a step could not be cut into "
             "micro-batches without changing its result. Use adafactor, or adapter: lora, to save memory."
+        )
+
+
+def _check_name(key: str, name: str, known: type[Enum]) -> None:
+    names = [member.value for member in known]
+    if name not in names:
+        near = get_close_matches(name, names, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"write one of {', '.join(names)}"
+        raise ConfigError(f"{key}: {name} is no {key} of transformers; {hint}")
+
+
+def _check_tf32(cfg: RunConfig) -> None:
+    if cfg.model.tf32 and not is_torch_tf32_available():
+        raise ConfigError(
+            "tf32: true needs an NVIDIA GPU of the Ampere generation or newer, and there is none. Remove it, "
+            "or write tf32: auto."
         )
 
 

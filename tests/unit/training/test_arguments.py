@@ -113,8 +113,22 @@ def test_early_stopping_is_a_callback() -> None:
     [
         ({"optimizer": "adalomo"}, "inside backward"),
         ({"optimizer": "galore_adamw_layerwise"}, "inside backward"),
-        ({"optimizer": "adamm"}, "adamm"),
-        ({"lr_scheduler": "cosinus"}, "cosinus"),
+        (
+            {"optimizer": "adamw_torch_fuzed"},
+            "optimizer: adamw_torch_fuzed .* did you mean adamw_torch_fused",
+        ),
+        ({"optimizer": "zzz"}, "optimizer: zzz .* write one of adamw_torch, "),
+        ({"lr_scheduler": "cosinus"}, "lr_scheduler: cosinus .* did you mean cosine"),
+        ({"tf32": True}, "tf32: true needs an NVIDIA GPU"),
+        ({"optim_args": {"betas": 3}}, "optim_args: adamw_torch_fused does not read betas"),
+        ({"optimizer": "sgd", "optim_args": "momentum=0.9,foo=3"}, "sgd does not read foo"),
+        (
+            {"optimizer": "sgd", "optim_args": {"momentum": "much"}},
+            "optim_args: sgd cannot use momentum=much",
+        ),
+        ({"optimizer": "sgd", "optim_args": "momentum"}, "'momentum' is not of the form name=value"),
+        ({"lr_scheduler_kwargs": {"foo": 3}}, "lr_scheduler: cosine cannot be made .* 'foo'"),
+        ({"lr_scheduler": "cosine_with_min_lr"}, "lr_scheduler: cosine_with_min_lr .* min_lr"),
         ({"fsdp_version": 2}, "there is no GPU"),
         ({"lr_scheduler": "reduce_lr_on_plateau"}, "requires an eval strategy"),
     ],
@@ -122,6 +136,13 @@ def test_early_stopping_is_a_callback() -> None:
 def test_what_cannot_be_honoured_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         arguments(**settings)
+
+
+@pytest.mark.parametrize(
+    "options", [{"momentum": 0.9, "nesterov": True}, {"momentum": 0.0}, {"nesterov": False}]
+)
+def test_options_that_the_optimizer_reads_may_have_any_value(options: dict[str, Any]) -> None:
+    arguments(optimizer="sgd", optim_args=options)
 
 
 def test_another_precision_from_the_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
