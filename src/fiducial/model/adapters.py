@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper, load_peft_weights
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
@@ -23,6 +22,7 @@ from transformers import PreTrainedModel
 from fiducial import compat
 from fiducial.config.schema import AdapterConfig
 from fiducial.errors import ModelError
+from fiducial.model.adapter_targets import choose_targets, require_all_found
 from fiducial.model.randomness import drawn_from
 
 POLICY_ADAPTER = "default"
@@ -74,7 +74,7 @@ def lora_config(cfg: AdapterConfig, model: PreTrainedModel) -> LoraConfig:
         return LoraConfig(
             lora_alpha=cfg.alpha,
             lora_dropout=cfg.dropout,
-            target_modules=_targets(cfg, model),
+            target_modules=choose_targets(cfg, model),
             task_type="CAUSAL_LM",
             **options,
         )
@@ -89,9 +89,11 @@ def new_adapter(model: PreTrainedModel, cfg: AdapterConfig, *, float32: bool) ->
         ModelError: The adapter does not fit the model.
     """
     config = lora_config(cfg, model)
-    policy: PeftModel = _attach(
-        lambda: get_peft_model(model, config, adapter_name=POLICY_ADAPTER, autocast_adapter_dtype=float32)
-    )
+    with _own_word_for("The following .*_pattern keys did not match"):
+        policy: PeftModel = _attach(
+            lambda: get_peft_model(model, config, adapter_name=POLICY_ADAPTER, autocast_adapter_dtype=float32)
+        )
+    require_all_found(policy, cfg, POLICY_ADAPTER)
     if float32:
         _trained_modules_in_float32(policy)
     return policy
@@ -112,7 +114,7 @@ def resume_adapter(
         ModelError: It is missing, damaged, only there as pickle, or was trained on another base.
     """
     source = _SavedAdapter(path, _adapter_folder(path, pickle=pickle, key=key), key)
-    with _own_word_for_missing_weights():
+    with _own_word_for("Found missing adapter keys"):
         policy: PeftModel = _attach(
             lambda: PeftModel.from_pretrained(
                 model, source.folder, POLICY_ADAPTER, is_trainable=trainable, autocast_adapter_dtype=float32
@@ -134,7 +136,7 @@ def add_reference_adapter(
         ModelError: It is missing, damaged, only there as pickle, or was trained on another base.
     """
     source = _SavedAdapter(path, _adapter_folder(path, pickle=pickle, key=key), key)
-    with _own_word_for_missing_weights():
+    with _own_word_for("Found missing adapter keys"):
         _attach(
             lambda: model.load_adapter(
                 source.folder, REFERENCE_ADAPTER, is_trainable=False, autocast_adapter_dtype=True
@@ -191,22 +193,6 @@ def base_name(parameter: str) -> str:
     return parameter.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
-def _targets(cfg: AdapterConfig, model: PreTrainedModel) -> list[str] | str | None:
-    chosen = [cfg.target_modules] if isinstance(cfg.target_modules, str) else list(cfg.target_modules or ())
-    if cfg.target_linear:
-        if chosen:
-            raise ModelError(
-                "lora_target_linear and lora_target_modules name targets twice; keep one of them."
-            )
-        return "all-linear"
-    if isinstance(cfg.target_modules, str):
-        return cfg.target_modules
-    if chosen or cfg.target_parameters:
-        return chosen
-    known = model.config.model_type in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-    return None if known else "all-linear"
-
-
 def _as_lists(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_as_lists(item) for item in value]
@@ -216,10 +202,10 @@ def _as_lists(value: Any) -> Any:
 
 
 @contextmanager
-def _own_word_for_missing_weights() -> Iterator[None]:
-    # They are an error here, raised with their names.
+def _own_word_for(warning: str) -> Iterator[None]:
+    # What PEFT warns of is an error here, raised with its names.
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Found missing adapter keys")
+        warnings.filterwarnings("ignore", message=warning)
         yield
 
 

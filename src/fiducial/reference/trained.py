@@ -149,9 +149,10 @@ def _is_target(module: str, cfg: AdapterConfig, facts: Facts) -> bool:
         if cfg.target_parameters:
             return False
         targets = USUAL_TARGETS.get(facts.model.model_type)
-    if cfg.target_linear or targets is None or targets == "all-linear":
-        return not any(part in module for part in _NOT_TARGETS)
-    return any(_ends_with(module, target) for target in targets)
+    linear = cfg.target_linear or targets is None or targets == "all-linear"
+    if linear and not any(part in module for part in _NOT_TARGETS):
+        return True
+    return not isinstance(targets, str) and any(_ends_with(module, target) for target in targets or ())
 
 
 def _in_chosen_layers(module: str, cfg: AdapterConfig) -> bool:

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -169,12 +170,30 @@ def test_default_targets_are_pefts_and_unknown_models_get_all_linear() -> None:
 
 
 @pytest.mark.parametrize(
+    ("named", "further"), [(("q_proj", "down_proj"), set()), (("q_proj", "embed_tokens"), {"embed_tokens"})]
+)
+def test_targets_beside_all_linear_layers_are_added(named: tuple[str, ...], further: set[str]) -> None:
+    def layers(**options: Any) -> set[str]:
+        names = (name for name, _ in adapted(**options).named_modules() if ".lora_" in name)
+        return {re.sub(r"\.lora_.*", "", name).removeprefix("base_model.model.") for name in names}
+
+    added = layers(target_linear=True, target_modules=named) - layers(target_linear=True)
+    assert added == {f"model.{name}" for name in further}
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"target_modules": ("nothing",)}, "does not fit"),
         ({"init_lora_weights": "eva"}, "peft_init_lora_weights: eva"),
         ({"init_lora_weights": "nonsense"}, "nonsense"),
-        ({"target_linear": True, "target_modules": ("q_proj",)}, "lora_target_linear"),
+        ({"target_linear": True, "target_modules": ".*q_proj"}, "lora_target_linear"),
+        ({"target_modules": ("q_proj", "vv_proj")}, "lora_target_modules: vv_proj: .*called .*v_proj"),
+        ({"target_linear": True, "target_modules": ("vv_proj",)}, "lora_target_modules: vv_proj"),
+        ({"modules_to_save": ("lm_haed",)}, "lora_modules_to_save: lm_haed"),
+        ({"rank_pattern": {"q_prj": 2}}, "lora_rank_pattern: q_prj"),
+        ({"alpha_pattern": {"q_prj": 2}}, "lora_alpha_pattern: q_prj"),
+        ({"layers_to_transform": (1, 7)}, "peft_layers_to_transform: 7"),
     ],
 )
 def test_a_wrong_adapter_is_refused(options: dict[str, Any], message: str) -> None:

@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
 from fiducial.config.schema import AdapterConfig
+from fiducial.model.adapters import new_adapter
 from fiducial.reference.facts import gather_facts
 from fiducial.reference.trained import USUAL_TARGETS, count_trained
 from sized import FAMILY, SIZES, run_config
@@ -35,6 +36,17 @@ def test_trained_weights_are_those_peft_trains(options: dict[str, Any], families
     policy = get_peft_model(
         tiny_model("llama", **SIZES, **FAMILY["llama"]), LoraConfig(task_type="CAUSAL_LM", **given, **targets)
     )
+    trained = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
+    assert count_trained(cfg, gather_facts(cfg)).total == trained
+
+
+@pytest.mark.parametrize("named", [("embed_tokens", "q_proj"), ("q_proj",)])
+def test_targets_beside_all_linear_layers_are_counted(
+    named: tuple[str, ...], families: dict[str, Path]
+) -> None:
+    adapter = AdapterConfig(kind="lora", target_linear=True, target_modules=named)
+    cfg = run_config(families["llama"], adapter=adapter)
+    policy = new_adapter(tiny_model("llama", **SIZES, **FAMILY["llama"]), adapter, float32=True)
     trained = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
     assert count_trained(cfg, gather_facts(cfg)).total == trained
 
