@@ -8,11 +8,20 @@ import numpy as np
 from rich.console import Console
 
 from fiducial.data.dataset import TokenizedDataset
-from fiducial.data.example import OddRow
+from fiducial.data.example import OddRow, Reason
 from fiducial.errors import DataError
 
 EXAMPLES = 3
 PIECES = ("prompt", "chosen", "rejected")
+_REMEDIES: Mapping[str, str] = {
+    Reason.UNKNOWN_ROLE: "Say what it means with roles: {user: [...], assistant: [...]}.",
+    Reason.NO_ASSISTANT: "An answer's last turn must be the assistant's; roles says what rows call it.",
+    Reason.EMPTY_PROMPT: "Say which column holds the prompt with field_prompt.",
+    Reason.LONG: "Raise sequence_len, or write excess_length_strategy: truncate.",
+    Reason.LONG_PROMPT: "Raise sequence_len, or write excess_length_strategy: truncate.",
+    Reason.LABEL: "Say which column holds the label with field_label.",
+}
+"""What helps where no row is left."""
 
 
 @dataclass
@@ -23,14 +32,14 @@ class Dropped:
     rows: list[int] = field(default_factory=list)
     """Numbers of the first ones."""
     detail: str = ""
-    """What was found in the first one."""
+    """What was found in them, each once."""
 
     def add(self, row: int, detail: str) -> None:
         """Count one more."""
-        if not self.count:
-            self.detail = detail
         if len(self.rows) < EXAMPLES:
             self.rows.append(row)
+            found = self.detail.split("; ") if self.detail else []
+            self.detail = "; ".join(dict.fromkeys([*found, detail] if detail else found))
         self.count += 1
 
 
@@ -76,9 +85,10 @@ class DatasetAudit:
     def require_rows(self, where: str) -> None:
         """Raise `DataError` if no row was kept."""
         if not self.kept:
+            remedies = (_REMEDIES[reason] for reason in self.dropped if reason in _REMEDIES)
             raise DataError(
-                f"{where} ({self.name}): none of the {self.rows} rows read is a preference in the "
-                f"format '{self.format}'. " + "; ".join(self.reasons())
+                f"{where} ({self.name}): none of the {self.rows} rows read can be used as '{self.format}'. "
+                + " ".join([*(f"{reason}." for reason in self.reasons()), *remedies])
             )
 
     @classmethod

@@ -26,6 +26,7 @@ from fiducial.data.store import PreparedStore
 from fiducial.data.stream import GroupStream, Shuffling, StreamedDataset, one_pass
 from fiducial.data.templates import choose_template
 from fiducial.data.tokenize import GroupTokenizer, Tokenized
+from fiducial.data.unreadable import decoded, local_files
 from fiducial.errors import ConfigError, DataError
 
 
@@ -189,14 +190,15 @@ def _load_one(
 ) -> tuple[TokenizedDataset, DatasetAudit]:
     """One dataset's groups in row order, from the store if it has them."""
     rows = open_dataset(config, where=where, num_proc=num_proc)
-    if store is None:
-        return _tokenize(rows, config, tokenize, where=where, num_proc=num_proc)
-    key = store.key(rows, config, tokenize)
-    stored = store.get(key)
-    if stored is None:
-        stored = _tokenize(rows, config, tokenize, where=where, num_proc=num_proc)
-        store.put(key, *stored)
-    return stored
+    with decoded(f"{where}.path: '{config.path}'", local_files(config)):
+        if store is None:
+            return _tokenize(rows, config, tokenize, where=where, num_proc=num_proc)
+        key = store.key(rows, config, tokenize)
+        stored = store.get(key)
+        if stored is None:
+            stored = _tokenize(rows, config, tokenize, where=where, num_proc=num_proc)
+            store.put(key, *stored)
+        return stored
 
 
 def _tokenize(

@@ -75,6 +75,15 @@ def explained(place: str, files: Sequence[Path] = ()) -> Iterator[None]:
         raise unreadable(error, place, files) from error
 
 
+@contextmanager
+def decoded(place: str, files: Sequence[Path] = ()) -> Iterator[None]:
+    """As `explained`, while rows are taken from an open dataset: texts are decoded only then."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise unreadable(error, place, files) from error
+
+
 def unreadable(error: Exception, place: str, files: Sequence[Path] = (), *, after: int = 0) -> DataError:
     """What to tell the user of `error`: the reason, the line where it can be found, and what helps.
 
@@ -82,7 +91,7 @@ def unreadable(error: Exception, place: str, files: Sequence[Path] = (), *, afte
     """
     cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
     reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-    if _remedy(reason) in (None, _JSON_LINES):
+    if isinstance(cause, UnicodeDecodeError) or _remedy(reason) in (None, _JSON_LINES):
         reason = next((found for file in files if (found := broken_json(file)) is not None), reason)
     reason = reason.rstrip(".")
     remedy = _remedy(reason) or "Each column must hold values of one type, and the file must be whole."

@@ -96,6 +96,18 @@ def test_ultrafeedback_columns_are_an_implicit_prompt() -> None:
     )
 
 
+@pytest.mark.parametrize("column", ["instruction", "promt", "Question"])
+def test_a_prompt_that_would_be_overlooked_is_pointed_out(column: str) -> None:
+    """Answers that begin alike would pass for an implicit prompt, and the others would be dropped."""
+    row = {column: "Why?", "chosen": "The sun.", "rejected": "The moon."}
+    with pytest.raises(DataError, match=f"'{column}' looks like the prompt.*field_prompt: {column}"):
+        choose({}, row)
+    choose({"field_prompt": column}, row)
+    choose({"type": "trl.implicit"}, row)
+    choose({}, row | {column: 3.5})
+    choose({}, {"source": "web", "chosen": "The sun.", "rejected": "The moon."})
+
+
 def choose(options: dict[str, Any], row: dict[str, Any]) -> None:
     config = DatasetConfig(path="rows.jsonl", **options)
     choose_format(config, look_at([row], list(row), config), where="datasets.0")

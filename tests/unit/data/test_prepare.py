@@ -1,6 +1,7 @@
 """From YAML to token ids: counts, deduplication, holding out, the store, and the real data."""
 
 import io
+import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -84,6 +85,26 @@ def test_every_kind_of_odd_row_is_counted(load: Load) -> None:
     assert account.dropped["unknown role"].detail == "'wizard'"
 
 
+def test_what_was_found_is_told_of_every_row_that_is_shown(load: Load) -> None:
+    rows = [{**pair(n), piece: ""} for n, piece in enumerate(("chosen", "rejected", "chosen", "prompt"))]
+    [account] = load([*rows, pair(9)]).audit.datasets
+    assert account.reasons() == [
+        "3 × empty completion (chosen; rejected): rows 0, 1, 2",
+        "1 × empty prompt (prompt): rows 3",
+    ]
+
+
+@pytest.mark.parametrize("num_proc", [None, 2])
+def test_text_that_is_not_utf_8_is_named_by_its_line(
+    load: Load, tmp_path: Path, num_proc: int | None
+) -> None:
+    path = tmp_path / "latin.jsonl"
+    lines = [json.dumps(pair(n) | {"chosen": "é" * (n == 2) + "."}, ensure_ascii=False) for n in range(4)]
+    path.write_bytes("\n".join(lines).encode("latin-1"))
+    with pytest.raises(DataError, match=r"datasets\.0\.path: .*line 3 of latin\.jsonl .*Save it as UTF-8"):
+        load([pair(0)], dataset={"path": str(path)}, num_proc=num_proc)
+
+
 def test_audit_prints_counts_reasons_and_unread_columns(load: Load) -> None:
     prepared = load([{**pair(0), "score": 1}, {**pair(1), "rejected": "", "score": 2}])
     console = Console(width=160, record=True, file=io.StringIO())
@@ -107,6 +128,8 @@ def test_template_without_generation_prompt_is_noted(load: Load) -> None:
 def test_no_row_left_is_an_error(load: Load) -> None:
     with pytest.raises(DataError, match=r"datasets\.0 .*none of the 2 rows read.*2 × empty completion"):
         load([{**pair(0), "chosen": ""}, {**pair(1), "chosen": ""}])
+    with pytest.raises(DataError, match=r"longer than sequence_len: rows 0\. Raise sequence_len, or write"):
+        load([pair(0)], sequence_len=9)
 
 
 def test_truncated_rows_are_counted(load: Load) -> None:

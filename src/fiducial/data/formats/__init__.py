@@ -187,6 +187,8 @@ def _holds_labels(config: DatasetConfig, shape: Shape) -> bool:
 def _detect(config: DatasetConfig, shape: Shape, where: str) -> str:
     found = [name for name, format_ in FORMATS.items() if format_.detect and format_.detect(shape)]
     if len(found) == 1:
+        if found[0] == "trl.implicit":
+            _require_no_prompt(config, shape, where)
         return found[0]
     columns = ", ".join(f"{name} ({kind})" for name, kind in shape.kinds.items())
     known = ", ".join(name for name, format_ in FORMATS.items() if format_.detect)
@@ -200,3 +202,19 @@ def _detect(config: DatasetConfig, shape: Shape, where: str) -> str:
         f"format's name, and say where its parts are with field_prompt, field_chosen, field_rejected, "
         f"field_completion, field_label or field_messages."
     )
+
+
+_PROMPTS = ("prompt", "instruction", "question", "query", "input", "problem")
+"""What columns that hold a prompt are usually called."""
+
+
+def _require_no_prompt(config: DatasetConfig, shape: Shape, where: str) -> None:
+    """Raise `DataError` for a prompt that would be overlooked: two answers to it often begin alike, too."""
+    texts = (name for name, kind in shape.kinds.items() if kind == "text")
+    for name in texts:
+        if get_close_matches(name.lower(), _PROMPTS, n=1, cutoff=0.8):
+            raise DataError(
+                f"{where} ({config.path}): the column '{name}' looks like the prompt, and without it the "
+                f"prompt would be what chosen and rejected begin with. Write field_prompt: {name}, or type: "
+                f"trl.implicit if both answers do begin with the prompt."
+            )
