@@ -23,6 +23,8 @@ from fiducial.config.schema import RunConfig
 
 SECONDS = 3.0
 """Several times what a slow line needs; a name that the resolver waits for counts too."""
+_FILE_KINDS = ("json", "csv", "parquet", "arrow")
+"""What a dataset's path may be beside `data_files`: the kind of those files."""
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 _FOUND: ContextVar[str | None] = ContextVar("found", default=None)
 """Why it was we who set HF_HUB_OFFLINE, and not the user."""
@@ -144,5 +146,6 @@ def _locations(cfg: RunConfig) -> list[str]:
     if cfg.adapter is not None:
         named.append(cfg.adapter.path)
     if cfg.data is not None:
-        named += [dataset.path for dataset in (*cfg.data.datasets, *cfg.data.test_datasets)]
+        sets = (*cfg.data.datasets, *cfg.data.test_datasets)
+        named += [each.path for each in sets if not (each.data_files and each.path in _FILE_KINDS)]
     return [location for location in named if location is not None]

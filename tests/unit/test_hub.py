@@ -209,6 +209,8 @@ def test_the_reason_outlasts_the_answer(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_what_a_run_names_there(monkeypatch: pytest.MonkeyPatch) -> None:
     local: dict[str, Any] = {"base_model": "/base", "rl": "dpo", "datasets": [{"path": "/pairs.jsonl"}]}
+    files = [{"path": "json", "data_files": ["rows.jsonl"]}]
+    assert hub.out_of_reach(validate_config(local | {"datasets": files})) is None
     for reference, asked in (
         ({}, False),
         ({"model": "some/model"}, True),

@@ -263,6 +263,11 @@ def _templates(settings: Settings) -> Outcomes:
 
 
 def _leftovers(settings: Settings) -> Outcomes:
+    if settings.get("resume_from_checkpoint") is True:
+        yield Refuse(
+            "resume_from_checkpoint",
+            "must be a checkpoint's folder; auto_resume_from_checkpoints: true takes the newest",
+        )
     if "gradient_checkpointing_kwargs" in settings and not settings.get("gradient_checkpointing"):
         yield Note("gradient_checkpointing_kwargs", "gradient_checkpointing is off")
     if "hub_strategy" in settings and "hub_model_id" not in settings:

@@ -22,16 +22,20 @@ ATTENTION_ALIASES = {
 def precision(settings: Settings) -> Outcomes:
     """How weights are held and which precision products have."""
     wrong = [key for key in PRECISIONS if not _is_precision(key, settings.get(key))]
-    yield from (
-        Refuse(key, f"must be true{', false, auto or full' if key == 'bf16' else ' or false'}")
-        for key in wrong
-    )
+    yield from (Refuse(key, _must_be(key, settings[key])) for key in wrong)
     chosen = [key for key in PRECISIONS if settings.get(key) and key not in wrong]
     if len(chosen) > 1:
         yield Refuse(chosen[1], f"contradicts {chosen[0]}; keep one of them")
     elif not wrong:
         yield from _one_precision(chosen[0] if chosen else "bf16", settings)
     yield from _tf32(settings.get("tf32"))
+
+
+def _must_be(key: str, value: Any) -> str:
+    words = f"must be true{', false, auto or full' if key == 'bf16' else ' or false'}"
+    if value in ("true", "false"):
+        return f"{words}, without quotes"
+    return f"{words}; write bf16: {value}" if value in ("auto", "full") else words
 
 
 def _is_precision(key: str, value: Any) -> bool:

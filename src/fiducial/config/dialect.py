@@ -16,6 +16,7 @@ from fiducial.config import (
     unsupported_run,
 )
 from fiducial.config.nested import nested_keys
+from fiducial.config.other_tools import NO_KEY, OTHER_NAMES
 from fiducial.config.outcomes import Outcomes, Settings
 from fiducial.config.unsupported import Unsupported
 
@@ -141,47 +142,6 @@ UNSUPPORTED: dict[str, Unsupported] = {
     for key, entry in table.items()
 }
 
-OTHER_NAMES = {
-    "beta": "rl_beta",
-    "loss_type": "dpo_loss_type, or cpo_loss_type with rl: cpo",
-    "loss_weights": "dpo_loss_weights",
-    "rpo_weight": "rpo_alpha",
-    "dpo_ld_alpha": "ld_alpha",
-    "alpha": "alphapo_alpha",
-    "label_smoothing": "dpo_label_smoothing",
-    "desirable_weight": "kto_desirable_weight",
-    "undesirable_weight": "kto_undesirable_weight",
-    "model_name_or_path": "base_model",
-    "model": "base_model",
-    "revision": "model_revision",
-    "dataset": "datasets",
-    "dataset_name": "datasets",
-    "max_length": "sequence_len",
-    "max_seq_length": "sequence_len",
-    "cutoff_len": "sequence_len",
-    "per_device_train_batch_size": "micro_batch_size",
-    "per_device_eval_batch_size": "eval_batch_size",
-    "num_train_epochs": "num_epochs",
-    "lr_scheduler_type": "lr_scheduler",
-    "lr": "learning_rate",
-    "optim": "optimizer",
-    "torch_dtype": "bf16",
-    "dtype": "bf16",
-    "report_to": "use_wandb, use_tensorboard, use_mlflow, use_comet, use_trackio or use_swanlab",
-    "run_name": "wandb_name, mlflow_run_name or trackio_run_name",
-    "use_peft": "adapter",
-    "peft_config": "adapter and the lora_* keys",
-    "lora_target": "lora_target_modules",
-    "ref_model": "reference.model",
-    "ref_model_name_or_path": "reference.model",
-    "save_strategy_steps": "save_steps",
-    "use_rslora": "peft_use_rslora",
-    "use_dora": "peft_use_dora",
-    "init_lora_weights": "peft_init_lora_weights",
-    "lora_bias": "peft_bias",
-}
-"""What other tools call a key of ours."""
-
 
 def unsupported(key: str) -> Unsupported | None:
     """Why a known key is not acted on; None for keys that are supported or unknown."""
@@ -195,6 +155,8 @@ def suggest(key: str) -> str:
     """What an unknown top-level key was probably meant to be, as the end of a sentence."""
     if key in OTHER_NAMES:
         return f"write {OTHER_NAMES[key]}"
+    if key in NO_KEY:
+        return NO_KEY[key]
     inside = [path for path in nested_keys() if path.rpartition(".")[2] == key]
     if inside:
         return f"it belongs under {inside[0].rpartition('.')[0]}"

@@ -101,7 +101,7 @@ def read_yaml(
         node = loader.get_single_node()
         return (None if node is None else reading.value(node, within)), reading
     except yaml.YAMLError as error:
-        raise ConfigError(_yaml_problem(error, name)) from error
+        raise ConfigError(_yaml_problem(error, name, where)) from error
 
 
 class Reading:
@@ -177,14 +177,17 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise ConfigError(f"{path} does not exist; name the run's YAML file.") from error
+        order = " first, and settings after it" if "=" in path.name else ""
+        raise ConfigError(f"{path} does not exist; name the run's YAML file{order}.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as UTF-8 text: {error}.") from error
 
 
-def _yaml_problem(error: yaml.YAMLError, name: str) -> str:
+def _yaml_problem(error: yaml.YAMLError, name: str, where: str | None) -> str:
     mark = getattr(error, "problem_mark", None)
     what = getattr(error, "problem", None) or str(error)
+    if where is not None:
+        return f"{where}  not valid YAML: {what}"
     where = f"{name}:{mark.line + 1}" if mark else name
     return f"{where}  not valid YAML: {what}; mend this line or the one above it."
 

@@ -131,7 +131,14 @@ def supported_part(value: Any, outer: str) -> Any:
     if not isinstance(value, dict):
         return value
     supported = _INSIDE[outer][0].split()
-    return {key: inner for key, inner in value.items() if key in supported and inner is not None}
+    kept = {key: inner for key, inner in value.items() if key in supported and inner is not None}
+    if (
+        outer in ("datasets", "test_datasets")
+        and "path" not in kept
+        and {"data_files", "ds_type"} <= kept.keys()
+    ):
+        kept["path"] = kept["ds_type"]  # as axolotl's documentation names local files
+    return kept
 
 
 def _meant(near: list[str], supported: list[str]) -> str:

@@ -3,10 +3,13 @@
 The key is a dotted path with list positions (`datasets.0.split='train[:100]'`); the value is read as YAML.
 """
 
+import re
 from typing import Any
 
 from fiducial.config.document import Document, KeyPath, Place, dotted, read_yaml
 from fiducial.errors import ConfigError
+
+_BRACKETS = re.compile(r"\[(\d+)\]")
 
 
 def apply_overrides(document: Document, overrides: tuple[str, ...]) -> list[str]:
@@ -27,7 +30,7 @@ def _apply(document: Document, override: str) -> None:
         raise ConfigError(f"{where}  not of the form key=value; write for example rl_beta=0.2")
     if key.startswith("-"):
         raise ConfigError(f"{where}  overrides have no dashes; write {override.lstrip('-')}")
-    path = _path(key.strip())
+    path = _path(key.strip(), where)
     value, reading = read_yaml(text, where, within=path, where=where)
     container = _container(document, path, where)
     _set(container, path, value, where)
@@ -35,7 +38,10 @@ def _apply(document: Document, override: str) -> None:
     document.duplicates.extend(reading.duplicates)
 
 
-def _path(key: str) -> KeyPath:
+def _path(key: str, where: str) -> KeyPath:
+    with_dots = _BRACKETS.sub(r".\1", key)
+    if with_dots != key:
+        raise ConfigError(f"{where}  positions follow a dot; write {with_dots}=...")
     return tuple(int(part) if part.isdecimal() else part for part in key.split("."))
 
 
@@ -48,6 +54,7 @@ def _container(document: Document, path: KeyPath, where: str) -> Any:
             if current.get(part) is None:
                 _refuse_position(path, depth + 1, where)
                 current[part] = {}
+                document.places[here] = Place(where)
             current = current[part]
         else:
             current = _item(current, here, where)

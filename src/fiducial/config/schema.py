@@ -218,7 +218,7 @@ class OptimizationConfig(Section):
     gradient_accumulation_steps: PositiveInt = 1
     micro_batch_tokens: PositiveInt | Literal["auto"] = "auto"
     """Most tokens one forward pass holds. Changes memory and speed, never the gradient."""
-    seed: int = 42
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
 
     @property
     def groups_per_step(self) -> int:

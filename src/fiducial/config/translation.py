@@ -117,7 +117,7 @@ class Translation:
             location = located(section + details["loc"])
             path = self._user_path(location)
             if details["type"] == "missing":
-                self._refuse(path, _REQUIRED.get(dotted(path), "is required"))
+                self._refuse(path, _REQUIRED.get(str(path[-1]), "is required"))
                 continue
             field = field_at(section + details["loc"])
             words = describe_field(field) if field else details["msg"]
@@ -156,7 +156,10 @@ _UNIONS = (RunConfig.model_fields["method"], MixtureConfig.model_fields["losses"
 _PART_FIELD = 4
 """Where the field's name stands in `method.losses.0.hinge.beta`."""
 
-_REQUIRED = {"base_model": "is required: write base_model: a local folder or a hub name"}
+_REQUIRED = {
+    "base_model": "is required: write base_model: a local folder or a hub name",
+    "path": "is required: a file, a folder or a hub name; with data_files alone, ds_type says what they are",
+}
 
 
 def located(location: KeyPath) -> KeyPath:

@@ -109,7 +109,8 @@ OPTIMIZATION = table(
 
 EVALUATION = table(
     ("do_bench_eval do_causal_lm_eval eval_causal_lm_metrics bench_dataset bench_split", no(_BENCH)),
-    ("eval_table_size eval_max_new_tokens generate_samples", no(_BENCH)),
+    ("eval_table_size generate_samples", no(_BENCH)),
+    ("eval_max_new_tokens", drop("evaluation generates nothing")),
     ("num_generation_samples", no(_BENCH, 3)),
     ("generation_max_new_tokens", no(_BENCH, 50)),
     ("generation_temperature", no(_BENCH, 0.7)),
@@ -127,6 +128,7 @@ OUTPUT = table(
     ),
     ("include_tokens_per_second include_tkps", drop("tokens per second are always recorded")),
     ("profiler_steps profiler_steps_start", no("not in this version; profile the process from outside")),
+    ("debug", drop("the account of the data is always printed")),
     ("use_otel_metrics", no("use one of use_wandb, use_mlflow, use_tensorboard, use_trackio, use_comet")),
     ("otel_metrics_host", no("belongs to use_otel_metrics; remove it", "localhost")),
     ("otel_metrics_port", no("belongs to use_otel_metrics; remove it", 8000)),

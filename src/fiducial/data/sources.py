@@ -93,6 +93,10 @@ def _target(config: DatasetConfig, path: Path, where: str, place: str) -> tuple[
         return _builder(config, where), str(path) if path.is_file() else config.path
     if config.path in BUILDERS.values() and files:
         _refuse(config, where, ("name", "revision"), "local files")
+        if config.ds_type not in (None, config.path):
+            raise ConfigError(
+                f"{where}.ds_type: contradicts {where}.path: '{config.path}'. Keep one of them."
+            )
         return config.path, files
     if path.is_dir():
         _refuse(config, where, ("revision",), "a local folder")

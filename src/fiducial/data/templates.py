@@ -126,7 +126,7 @@ def _named(name: str, written: str) -> str:
         hint = f" Did you mean '{nearest[0]}'?" if nearest else ""
         raise ConfigError(
             f"chat_template: '{written}' is no template here.{hint} There are {', '.join(NAMES)}, "
-            f"tokenizer_default, {FALLBACK}<name>, and jinja with chat_template_jinja."
+            f"tokenizer_default (the checkpoint's own), {FALLBACK}<name>, and jinja with chat_template_jinja."
         )
     return (FOLDER / f"{ALIASES.get(name, name)}.jinja").read_text(encoding="utf-8")
 

@@ -96,8 +96,9 @@ flash_attention: true
 warmup_steps: 10
 evals_per_epoch: 1
 eval_table_size:
-eval_max_new_tokens: 0
+eval_max_new_tokens: 128
 saves_per_epoch: 1
+debug:
 deepspeed:
 weight_decay: 0.0
 fsdp:
@@ -266,6 +267,14 @@ def test_lora_dpo(tmp_path: Path) -> None:
         "sample_packing",
         "pad_to_sequence_len",
     }
+
+
+def test_local_files_may_be_named_without_a_path(tmp_path: Path) -> None:
+    """The form axolotl's documentation shows for local files."""
+    text = FULL_DPO.replace("  - path: org/pairs\n", "  - ds_type: json\n    data_files: [rows.jsonl]\n")
+    data = load(tmp_path, text).config.data
+    assert data is not None
+    assert (data.datasets[0].path, data.datasets[0].data_files) == ("json", ("rows.jsonl",))
 
 
 def test_full_dpo(tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ def test_precision_refusals() -> None:
     assert "contradicts bf16" in refusal(bf16="auto", float32=True)
     assert "bf16: half — must be true, false, auto or full" in refusal(bf16="half")
     assert "fp16: auto — must be true or false" in refusal(fp16="auto")
+    assert "bf16: true — must be true, false, auto or full, without quotes" in refusal(bf16="true")
     assert "float16 weights lose small updates; write fp16: true" in refusal(float16=True)
     assert run(float16=True, **LORA).model.dtype == "float16"
 

@@ -1,5 +1,6 @@
 """The tables: every key of axolotl is known, every field can be set, no value of a key breaks the reader."""
 
+import re
 from typing import Any, get_args
 
 import pytest
@@ -9,6 +10,7 @@ from fiducial.config import dialect, nested
 from fiducial.config.load import validate_config
 from fiducial.config.method_keys import HYPERPARAMETERS
 from fiducial.config.methods import METHODS
+from fiducial.config.other_tools import NO_KEY, OTHER_NAMES
 from fiducial.config.schema import RunConfig
 from fiducial.errors import ConfigError
 
@@ -98,10 +100,17 @@ def test_every_axolotl_key_is_supported_or_known_with_a_reason(key: str) -> None
 
 def test_no_key_is_both_supported_and_not() -> None:
     assert not dialect.SUPPORTED & dialect.UNSUPPORTED.keys()
-    assert not dialect.OTHER_NAMES.keys() & (dialect.SUPPORTED | dialect.UNSUPPORTED.keys())
-    assert not dialect.SUPPORTED & {
-        key for key in dialect.OTHER_NAMES.values() if key not in dialect.SUPPORTED
-    }
+    others = OTHER_NAMES.keys() | NO_KEY.keys()
+    assert not others & (dialect.SUPPORTED | dialect.UNSUPPORTED.keys())
+    assert not OTHER_NAMES.keys() & NO_KEY.keys()
+
+
+def test_what_other_tools_call_a_key_leads_to_keys_that_are_there() -> None:
+    outer = {path.partition(".")[0] for path in nested.nested_keys()} | {"lora_"}
+    for words in OTHER_NAMES.values():
+        first = re.match(r"\w+", words)
+        assert first is not None
+        assert first[0] in dialect.SUPPORTED | outer, words
 
 
 def test_an_unknown_key_is_neither() -> None:

@@ -46,7 +46,7 @@ def test_every_mistake_is_reported_at_once_in_the_order_of_the_file(tmp_path: Pa
         f"{path}:9  datasets.0.splt: train — unknown key; did you mean split?",
         f"{path}:10  neftune_noise_alpha: 5 — noise on the policy alone would move it away from the"
         " reference; remove it",
-        "override 'seed=abc'  seed: abc — must be a whole number",
+        "override 'seed=abc'  seed: abc — must be a whole number ≥ 0 and < 4294967296",
     ]
 
 
@@ -70,6 +70,11 @@ def test_every_mistake_is_reported_at_once_in_the_order_of_the_file(tmp_path: Pa
         ("datasets: rows.jsonl", "must be a list, each item a mapping with path"),
         ("base_model:", "is required: write base_model: a local folder or a hub name"),
         ("output_dir: [a]", "must be text"),
+        ("seed: -1", "must be a whole number ≥ 0 and < 4294967296"),
+        ("resume_from_checkpoint: true", "must be a checkpoint's folder; auto_resume_from_checkpoints: true"),
+        ("bfloat16: auto", "must be true or false; write bf16: auto"),
+        ("max_samples: 3", "unknown key; write datasets: [{path: ..., split: 'train[:1000]'}]"),
+        ("do_train: true", "unknown key; the command says what is done; remove it"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_line_and_what_it_must_be(
@@ -86,7 +91,8 @@ def test_a_wrong_value_is_named_with_its_line_and_what_it_must_be(
 
 def test_a_missing_path_of_a_dataset_is_placed_at_the_dataset(tmp_path: Path) -> None:
     lines = refusal(tmp_path, "base_model: m\ndatasets:\n  - path: a\n  - split: train\n")
-    assert lines == [f"{tmp_path / 'run.yaml'}:4  datasets.1.path — is required"]
+    (line,) = lines
+    assert line.startswith(f"{tmp_path / 'run.yaml'}:4  datasets.1.path — is required: a file, a folder or a")
 
 
 @pytest.mark.parametrize("number", ["1e-6", "1E-6", "1.0e-6", "0.000001", "'1e-6'", "1_0e-7"])
@@ -119,7 +125,7 @@ def test_a_key_written_twice_is_reported_with_everything_else(tmp_path: Path) ->
     lines = refusal(tmp_path, "base_model: m\nrl: dpo\nseed: x\nrl: kto\ndatasets: [{path: a, path: b}]\n")
     path = tmp_path / "run.yaml"
     assert lines == [
-        f"{path}:3  seed: x — must be a whole number",
+        f"{path}:3  seed: x — must be a whole number ≥ 0 and < 4294967296",
         f"{path}:4  rl — written twice, first in line 2; keep one",
         f"{path}:5  datasets.0.path — written twice, first in line 5; keep one",
     ]
@@ -169,6 +175,8 @@ def test_aliases_of_aliases_are_stopped_before_they_fill_the_memory(tmp_path: Pa
 def test_a_path_that_is_no_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
         load_config(tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match="the run's YAML file first, and settings after it"):
+        load_config("rl_beta=0.2")
     with pytest.raises(ConfigError, match="is a folder"):
         load_config(tmp_path)
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")

@@ -89,7 +89,9 @@ def test_the_later_override_wins(tmp_path: Path) -> None:
         ("datasets.split=x", "datasets is a list; name the item, for example datasets.0.split"),
         ("rl.0=x", "rl is 'dpo'; it has no part 0"),
         ("tokens.0=x", "tokens is no list yet; write tokens='[...]'"),
-        ("seed=[1", "override 'seed=[1':1  not valid YAML"),
+        ("seed=[1", "override 'seed=[1'  not valid YAML: expected ',' or ']', but got '<stream end>'"),
+        ("datasets[0].path=x", "positions follow a dot; write datasets.0.path=..."),
+        ("refrence.model=x", "override 'refrence.model=x'  refrence: {'model': 'x'} — unknown key; did you"),
         ("reference={source: auto, source: none}", "reference.source — written twice"),
     ],
 )

@@ -56,6 +56,8 @@ def test_folders_data_files_and_ds_type(tmp_path: Path) -> None:
     assert opened(odd_name, ds_type="json") == ROWS
     with pytest.raises(DataError, match=r"ds_type to json, csv, parquet or arrow"):
         opened(odd_name)
+    with pytest.raises(ConfigError, match=r"datasets\.0\.ds_type: contradicts datasets\.0\.path: 'json'"):
+        opened("json", data_files=str(odd_name), ds_type="csv")
 
 
 def test_saved_datasets_and_splits(tmp_path: Path) -> None:
