@@ -37,7 +37,7 @@ from fiducial.reference.setup import setup_reference_model
 from fiducial.reference.verify import check_unmoved
 from fiducial.run_record import RECORD_FILE, find_record
 from fiducial.run_report import PLAN_FILE, RunReport
-from fiducial.training.arguments import training_arguments, world_size
+from fiducial.training.arguments import check_settings, training_arguments, world_size
 from fiducial.training.budget import choose_token_budget
 from fiducial.training.callbacks import Interrupted, Interruption, saved_micro_batch_tokens
 from fiducial.training.checkpoints import Launch, full_disk_explained, to_resume
@@ -72,6 +72,8 @@ def train(cfg: RunConfig | Mapping[str, Any], *, console: Console | None = None)
     checked = validate_config(cfg)
     require_loggers(checked.output.loggers)
     _keep_sources(checked)
+    check_settings(checked)
+    _checkpoint_to_resume(checked)  # looked for here as well, before any data is read
     settings = None if isinstance(cfg, RunConfig) else dict(cfg)
     console = console or main_console()
     with kept_to_cache(checked, console):

@@ -280,6 +280,17 @@ except TrainingError as error:
 """
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"optimizer": "adan"}, {"tf32": True}, {"resume_from_checkpoint": "nowhere"}],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_a_wrong_setting_is_told_before_any_data_is_read(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    nothing = {"datasets": [{"path": "nothing.jsonl"}]}
+    with pytest.raises(ConfigError, match=f"^{next(iter(wrong))}: "):
+        train(run_config(tmp_path) | nothing | wrong)
+
+
 def test_a_full_disk_stops_the_run_and_keeps_earlier_checkpoints(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()

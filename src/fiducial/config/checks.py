@@ -18,6 +18,9 @@ _DECOMPOSED = ("pissa", "mica", "loftq")
 ADAPTER_OPTIONS = ("lora_", "peft_")
 """How keys begin that only an adapter reads; `peft` itself is one too."""
 
+_CHECKPOINTING = ("use_reentrant", "preserve_rng_state", "determinism_check", "early_stop", "debug")
+"""Options of torch's activation checkpointing that YAML can hold."""
+
 EXCLUSIVE = (
     ("warmup_steps", "warmup_ratio"),
     ("val_set_size", "test_datasets"),
@@ -268,6 +271,13 @@ def _leftovers(settings: Settings) -> Outcomes:
             "resume_from_checkpoint",
             "must be a checkpoint's folder; auto_resume_from_checkpoints: true takes the newest",
         )
+    kwargs = settings.get("gradient_checkpointing_kwargs")
+    for key in kwargs if isinstance(kwargs, dict) else ():
+        if key not in _CHECKPOINTING:
+            known = ", ".join(_CHECKPOINTING)
+            yield Refuse(
+                ("gradient_checkpointing_kwargs", key), f"torch has no such option; there are {known}"
+            )
     if "gradient_checkpointing_kwargs" in settings and not settings.get("gradient_checkpointing"):
         yield Note("gradient_checkpointing_kwargs", "gradient_checkpointing is off")
     if "hub_strategy" in settings and "hub_model_id" not in settings:

@@ -110,7 +110,7 @@ def _refuse(module: nn.Module, kwargs: dict[str, Any], dropout: float) -> None:
     if dropout:
         raise ModelError(
             f"{name} applies dropout {dropout} to attention, which packed attention does not compute. "
-            "Set the model's attention dropout to 0, or `packing: false`."
+            "Set it to 0 with model_config, for example model_config: {attention_dropout: 0.0}."
         )
     unknown = {key for key, given in kwargs.items() if given is not None} - _IRRELEVANT
     if kwargs.get("is_causal") is True:
@@ -118,5 +118,5 @@ def _refuse(module: nn.Module, kwargs: dict[str, Any], dropout: float) -> None:
     if unknown:
         raise ModelError(
             f"{name} passes {', '.join(sorted(unknown))} to attention, which packed attention does not "
-            "compute. Set `packing: false`."
+            "compute. Remove the setting of model_config or gradient_checkpointing_kwargs it comes from."
         )

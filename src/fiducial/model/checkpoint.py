@@ -139,6 +139,12 @@ def _setting_in_the_way(at: str, reason: str) -> str | None:
     """What to set or remove, where transformers says what it lacks."""
     if "trust_remote_code" in reason:
         return f"{at} runs code of its own. Read it, then set `trust_remote_code: true`.\n{reason}"
+    if "FlashAttention" in reason:
+        return (
+            f"attn_implementation: {at} cannot be loaded with it ({reason}). Install what is missing, or "
+            "remove attn_implementation (or flash_attention: true): packed rows have Fiducial's own "
+            "attention, and it is asked for padded ones alone."
+        )
     if "offload_folder" in reason:
         return (
             f"{at} is converted while it is loaded (as mixtures of experts are), so its layers cannot be "

@@ -67,7 +67,7 @@ def choose_layout(
             _measure(model, groups, autocast)
     except _NotPackableError as reason:
         if packing:
-            raise ModelError(f"packing: true, but {reason} Set `packing: false`, or leave it out.") from None
+            raise ModelError(f"sample_packing: true, but {reason} Remove it: rows are then padded.") from None
         return LayoutChoice("padded", f"Not packed: {reason}")
     return LayoutChoice("packed", "Packed log-probs equal padded ones, and no completion sees another.")
 

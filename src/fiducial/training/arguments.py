@@ -34,9 +34,7 @@ def training_arguments(
     Raises:
         ConfigError: a setting, or two together, that transformers or this machine cannot honour.
     """
-    _check_optimizer(cfg)
-    _check_tf32(cfg)
-    _check_launch(cfg)
+    check_settings(cfg)
     steps_per_epoch = math.ceil(num_rows / (cfg.optimization.groups_per_step * world_size()))
     settings: dict[str, Any] = (
         _optimization(cfg)
@@ -53,6 +51,19 @@ def training_arguments(
     use_one_device(args)
     check_optimizer_settings(args)
     return args
+
+
+def check_settings(cfg: RunConfig) -> None:
+    """What can be said of the settings before any data is read.
+
+    Raises:
+        ConfigError: a name that transformers does not know, or what this machine or launch cannot honour.
+    """
+    _check_name("optimizer", cfg.optimization.optimizer, OptimizerNames)
+    _check_name("lr_scheduler", cfg.optimization.lr_scheduler, SchedulerType)
+    _check_optimizer(cfg)
+    _check_tf32(cfg)
+    _check_launch(cfg)
 
 
 def world_size() -> int:
@@ -185,8 +196,6 @@ def _warmup(cfg: RunConfig) -> float:
 
 def _check_optimizer(cfg: RunConfig) -> None:
     name = cfg.optimization.optimizer
-    _check_name("optimizer", name, OptimizerNames)
-    _check_name("lr_scheduler", cfg.optimization.lr_scheduler, SchedulerType)
     if name in STEPS_INSIDE_BACKWARD or name.endswith("_layerwise"):
         raise ConfigError(
             f"optimizer: {name} updates weights inside backward, so a step could not be cut into "

@@ -125,6 +125,7 @@ def to_resume(
 
 def _require_complete(path: Path, launch: Launch, *, key: str) -> None:
     if missing := missing_from(path, launch):
+        lacks = f"lacks {', '.join(missing)}" if path.is_dir() else "is not there"
         instead = last_complete(path.parent, launch)
         advice = (
             f"Use resume_from_checkpoint: {instead}."
@@ -133,7 +134,7 @@ def _require_complete(path: Path, launch: Launch, *, key: str) -> None:
         )
         raise ConfigError(
             f"{key}: {path} cannot be resumed exactly by {launch.num_processes} "
-            f"process(es): it lacks {', '.join(missing)}. {advice}"
+            f"process(es): it {lacks}. {advice}"
         )
 
 

@@ -48,6 +48,11 @@ QLORA = {"adapter": "qlora", "load_in_4bit": True}
             QLORA | {"bnb_config_kwargs": {"a": 1}},
         ),
         (
+            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrnt": True}},
+            "gradient_checkpointing_kwargs.use_reentrnt: True — torch has no such option; there are use_reen",
+            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        ),
+        (
             {"lora_r": 8},
             "lora_r: 8 — has no effect without adapter; write adapter: lora",
             LORA | {"lora_r": 8},

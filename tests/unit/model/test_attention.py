@@ -197,7 +197,7 @@ def test_the_plan_arrives_by_keyword_or_on_the_mask() -> None:
 def test_what_is_not_computed_is_refused() -> None:
     plan = plan_attention([Segment(0, 9, 0, 0)], CPU)
     _call(segments=plan, is_causal=True, position_ids=torch.arange(9), position_bias=None)
-    with pytest.raises(ModelError, match=r"position_bias.*packing: false"):
+    with pytest.raises(ModelError, match=r"position_bias.*Remove the setting"):
         _call(segments=plan, position_bias=torch.zeros(1))
     with pytest.raises(ModelError, match="is_causal"):
         _call(segments=plan, is_causal=False)

@@ -43,7 +43,7 @@ def test_models_that_mix_tokens_elsewhere_are_padded(family: str, config: dict[s
     choice = choose_layout(model, GROUPS, packing=None)
     assert choice.layout == "padded"
     assert why in choice.why
-    with pytest.raises(ModelError, match=r"packing: true, but .*Set `packing: false`"):
+    with pytest.raises(ModelError, match=r"sample_packing: true, but .*Remove it: rows are then padded"):
         choose_layout(model, GROUPS, packing=True)
 
 

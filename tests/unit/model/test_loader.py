@@ -237,6 +237,11 @@ def test_each_process_of_an_fsdp_launch_reads_the_weights(
     assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"
 
 
+def test_attention_names_what_is_missing(base: Path) -> None:
+    with pytest.raises(ModelError, match=r"attn_implementation: .*or flash_attention: true\)"):
+        load(run(base, attn_implementation="flash_attention_2"))
+
+
 def test_quantisation_names_what_is_missing(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"fiducial\[quantization\]"):

@@ -85,6 +85,13 @@ def test_nobody_begins_anew_over_checkpoints_of_another_launch(tmp_path: Path) -
     assert to_resume(None, auto=True, output_dir=tmp_path) is None
 
 
+def test_naming_a_folder_that_is_not_there_says_so(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"nowhere cannot be resumed exactly by 1 process\(es\): it is not there"
+    ):
+        to_resume(str(tmp_path / "nowhere"), auto=False, output_dir=tmp_path)
+
+
 def test_another_number_of_processes_is_not_an_exact_resume(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path, 2, processes=2)
     assert to_resume(str(path), auto=False, output_dir=tmp_path, launch=Launch(2)) == path
