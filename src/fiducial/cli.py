@@ -8,6 +8,7 @@ import errno
 import json
 import logging
 import os
+import shlex
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -72,7 +73,8 @@ def options(
 @app.command()
 def train(config: RunFile, overrides: Overrides = None, debug: Debug = False) -> None:
     """Align the model: plan, load, score the reference, prove it, train, save."""
-    resume = f"Checkpoints are kept; go on with: fiducial train {config} auto_resume_from_checkpoints=true"
+    again = shlex.join(["fiducial", "train", config, *(overrides or ()), "auto_resume_from_checkpoints=true"])
+    resume = f"Checkpoints are kept; go on with: {again}"
     with _reporting(debug, interrupted=resume):
         run = _load(config, overrides)
 
@@ -105,7 +107,8 @@ def plan(
 @app.command()
 def preprocess(config: RunFile, overrides: Overrides = None, debug: Debug = False) -> None:
     """Tokenize and audit the data, and score the reference where the plan precomputes it."""
-    resume = f"What was scored is kept; go on with: fiducial preprocess {config}"
+    again = shlex.join(["fiducial", "preprocess", config, *(overrides or ())])
+    resume = f"What was scored is kept; go on with: {again}"
     with _reporting(debug, interrupted=resume):
         run = _load(config, overrides).config
 
@@ -156,7 +159,7 @@ def verify(run: RunOrFolder, overrides: Overrides = None, debug: Debug = False) 
 
 @app.command()
 def merge(
-    config: RunFile,
+    run: RunOrFolder,
     overrides: Overrides = None,
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="Where to write; output_dir/merged by default.")
@@ -165,12 +168,19 @@ def merge(
 ) -> None:
     """Merge a trained LoRA adapter into its base model."""
     with _reporting(debug):
-        run = _load(config, overrides).config
+        target = Path(output) if output else None
+        if _is_folder(run):
+            finished = _find_finished(run, overrides)
+            from fiducial.merge import merge_finished
 
-        _quieten()
-        from fiducial.merge import merge_adapter
+            merged = merge_finished(finished, target)
+        else:
+            loaded = _load(run, overrides)
 
-        merged = merge_adapter(run, Path(output) if output else None)
+            _quieten()
+            from fiducial.merge import merge_adapter
+
+            merged = merge_adapter(loaded.config, target)
         _console().print(f"Merged model and tokenizer: [bold]{escape(str(merged))}[/bold]", soft_wrap=True)
 
 

@@ -10,7 +10,7 @@ from peft import PeftModel
 
 from fiducial.config.schema import AdapterConfig, RunConfig
 from fiducial.errors import ConfigError, ModelError
-from fiducial.finished import from_config
+from fiducial.finished import FinishedRun, from_config
 from fiducial.model.checkpoint import read_config
 from fiducial.model.loader import ModelLoader
 from fiducial.model.tokenizer import load_tokenizer
@@ -38,6 +38,12 @@ def merge_adapter(cfg: RunConfig, output: Path | None = None) -> Path:
     """
     with kept_to_cache(cfg):
         return _merge(cfg, output)
+
+
+def merge_finished(finished: FinishedRun, output: Path | None = None) -> Path:
+    """As `merge_adapter`, of a run's output folder or one of its checkpoints."""
+    written = finished.cfg.output.model_copy(update={"output_dir": str(finished.folder)})
+    return merge_adapter(finished.cfg.model_copy(update={"output": written}), output)
 
 
 def _merge(cfg: RunConfig, output: Path | None) -> Path:

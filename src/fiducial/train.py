@@ -43,6 +43,7 @@ from fiducial.training.callbacks import Interrupted, Interruption, saved_micro_b
 from fiducial.training.checkpoints import Launch, full_disk_explained, to_resume
 from fiducial.training.closing import closing_table, first_and_last
 from fiducial.training.loggers import close_loggers, reporting, require_loggers
+from fiducial.training.output_folder import make_output_folder
 from fiducial.training.progress import ProgressBar
 from fiducial.training.reference_sync import ReferenceSync
 from fiducial.training.trainer import PreferenceTrainer
@@ -73,6 +74,7 @@ def train(cfg: RunConfig | Mapping[str, Any], *, console: Console | None = None)
     require_loggers(checked.output.loggers)
     _keep_sources(checked)
     check_settings(checked)
+    make_output_folder(checked)
     _checkpoint_to_resume(checked)  # looked for here as well, before any data is read
     settings = None if isinstance(cfg, RunConfig) else dict(cfg)
     console = console or main_console()

@@ -157,10 +157,10 @@ def test_ctrl_c_is_code_130_and_says_how_to_go_on(
 ) -> None:
     failing(KeyboardInterrupt())
 
-    result = fiducial_command("train", "run.yaml")
+    result = fiducial_command("train", "run.yaml", "a b=1")
 
     assert result.exit_code == 130
-    assert "fiducial train run.yaml auto_resume_from_checkpoints=true" in result.stderr
+    assert "fiducial train run.yaml 'a b=1' auto_resume_from_checkpoints=true" in result.stderr
 
 
 def test_an_interrupted_trainer_speaks_for_itself(

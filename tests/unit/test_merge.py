@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fiducial.config.methods import DPOConfig
 from fiducial.config.schema import AdapterConfig, ModelConfig, OutputConfig, RunConfig
 from fiducial.errors import ConfigError, ModelError
-from fiducial.merge import merge_adapter
+from fiducial.finished import FinishedRun
+from fiducial.merge import merge_adapter, merge_finished
 from fiducial.reference.facts import gather_facts
 from fiducial.reference.plan import plan_reference
 from fiducial.reference.predicted import predict_identity
@@ -45,6 +46,14 @@ def trained_run(folder: Path, **lora: object) -> RunConfig:
 def logits(model: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return model.eval()(input_ids=IDS).logits
+
+
+def test_a_runs_folder_alone_says_what_to_merge(tmp_path: Path) -> None:
+    run = trained_run(tmp_path)
+    moved = (tmp_path / "out").rename(tmp_path / "elsewhere")
+    target = merge_finished(FinishedRun(run, moved, None))
+    assert target == moved / "merged"
+    assert (target / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ def dotted(path: Sequence[str | int]) -> str:
 
 def _read_text(path: Path) -> str:
     if path.is_dir():
-        raise ConfigError(f"{path} is a folder; name the YAML file in it.")
+        raise ConfigError(f"{path} is a folder; name the run's YAML file.")
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:

@@ -1,0 +1,39 @@
+"""The folder a run writes to, looked at before anything is read: can it be written to, what is in it?"""
+
+import os
+from pathlib import Path
+
+from fiducial.config.schema import RunConfig
+from fiducial.errors import ConfigError
+from fiducial.training.checkpoints import WHOLE_WEIGHTS
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+MODEL_FILES = tuple(name for name in WHOLE_WEIGHTS if name not in ADAPTER_FILES)
+
+
+def make_output_folder(cfg: RunConfig) -> Path:
+    """The run's `output_dir`, made where it is not there yet.
+
+    Raises:
+        ConfigError: it cannot be written to, or holds weights of the other kind, which programs would load
+            for those of this run.
+    """
+    folder = Path(cfg.output.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir: {folder} is no folder and cannot become one: {error.strerror}."
+        ) from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"output_dir: {folder} may not be written to. Allow it, or name another folder.")
+    mine, others = (
+        ("an adapter", MODEL_FILES) if cfg.adapter is not None else ("a whole model", ADAPTER_FILES)
+    )
+    found = [name for name in others if (folder / name).exists()]
+    if found:
+        raise ConfigError(
+            f"output_dir: {folder} holds another run's {found[0]}, and this one leaves {mine}: programs "
+            "would take the one for the other. Name another folder, or empty this one."
+        )
+    return folder
