@@ -140,7 +140,7 @@ def _ask(endpoint: str) -> str | None:
 def _locations(cfg: RunConfig) -> list[str]:
     """Whatever of the run may be a name on the hub."""
     reference = cfg.reference
-    named = [cfg.model.base_model, cfg.tokenizer.path, reference.adapter]
+    named = [cfg.model.base_model, cfg.tokenizer.path, reference.adapter, cfg.output.hub_model_id]
     if reference.endpoint is None:  # or else it is a name on that server
         named.append(reference.model)
     if cfg.adapter is not None:

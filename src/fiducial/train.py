@@ -45,6 +45,7 @@ from fiducial.training.closing import closing_table, first_and_last
 from fiducial.training.loggers import close_loggers, reporting, require_loggers
 from fiducial.training.output_folder import make_output_folder
 from fiducial.training.progress import ProgressBar
+from fiducial.training.pushing import pushing_explained
 from fiducial.training.reference_sync import ReferenceSync
 from fiducial.training.trainer import PreferenceTrainer
 
@@ -87,7 +88,8 @@ def _run_to_its_end(run: Run) -> TrainResult:
     resume = _checkpoint_to_resume(run.cfg)
     args = _arguments(run, resuming=resume is not None)
     told, disk = reporting(run.cfg.output), full_disk_explained(output_dir, _launch(run.cfg))
-    with told, disk, lost_process_explained(), _own_progress():
+    pushed = pushing_explained(run.cfg.output.hub_model_id)
+    with told, disk, pushed, lost_process_explained(), _own_progress():
         resumed = None
         if resume is not None:
             run = replace(run, record=find_record(resume))

@@ -291,6 +291,35 @@ def test_a_wrong_setting_is_told_before_any_data_is_read(tmp_path: Path, wrong: 
         train(run_config(tmp_path) | nothing | wrong)
 
 
+@pytest.mark.parametrize(
+    ("settings", "error", "says"),
+    [
+        (
+            {"val_set_size": 4, "eval_steps": 2, "metric_for_best_model": "rewards/accuracy"},
+            ConfigError,
+            "metric_for_best_model: rewards/accuracy is not measured here; write one of loss, rewards/chosen",
+        ),
+        (
+            {"hub_model_id": "some/model"},
+            TrainingError,
+            "hub_model_id: some/model cannot be pushed to: Cannot re",
+        ),
+    ],
+    ids=["metric", "hub"],
+)
+def test_what_transformers_refuses_is_told_before_step_1(
+    tmp_path: Path,
+    settings: dict[str, Any],
+    error: type[Exception],
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(error, match=says):
+        train(run_config(tmp_path) | settings)
+    assert len(read_metrics_lines(tmp_path / "out" / "metrics.jsonl")) < 2
+
+
 def test_a_full_disk_stops_the_run_and_keeps_earlier_checkpoints(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()

@@ -113,7 +113,7 @@ def _check(value: Any, path: KeyPath, outer: str) -> Outcomes:
             continue
         if entry is None:
             near = difflib.get_close_matches(str(key), supported, n=1)
-            yield Refuse((*path, key), f"unknown key; {_meant(near, supported)}")
+            yield Refuse((*path, key), f"unknown key; {_meant(str(key), near, supported)}")
         elif inner is not None:
             yield (
                 Note((*path, key), entry.why)
@@ -141,5 +141,7 @@ def supported_part(value: Any, outer: str) -> Any:
     return kept
 
 
-def _meant(near: list[str], supported: list[str]) -> str:
+def _meant(key: str, near: list[str], supported: list[str]) -> str:
+    if ":" in key:
+        return f"a colon is followed by a space; write {key.replace(':', ': ')}"
     return f"did you mean {near[0]}?" if near else f"here may stand {', '.join(supported)}"

@@ -81,7 +81,8 @@ class PreparedStore:
         except OSError as error:
             raise CacheError(f"dataset_prepared_path: {path} cannot be written: {error}") from error
         finally:
-            aside.unlink(missing_ok=True)
+            if aside.exists():
+                aside.unlink()
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.npz"

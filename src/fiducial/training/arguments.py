@@ -21,6 +21,7 @@ from fiducial.compat import use_one_device
 from fiducial.config.schema import RunConfig
 from fiducial.errors import ConfigError
 from fiducial.model.precision import resolve_precision
+from fiducial.training.callbacks import BestMetricIsMeasured
 from fiducial.training.optimizer_settings import check_optimizer_settings, optimizer_options
 
 STEPS_INSIDE_BACKWARD = ("lomo", "adalomo")
@@ -73,8 +74,9 @@ def world_size() -> int:
 
 def setting_callbacks(cfg: RunConfig) -> list[TrainerCallback]:
     """Callbacks of transformers that settings ask for."""
-    patience = cfg.evaluation.early_stopping_patience
-    return [EarlyStoppingCallback(patience)] if patience is not None else []
+    patience, best = cfg.evaluation.early_stopping_patience, cfg.evaluation.metric_for_best_model
+    callbacks: list[TrainerCallback] = [] if best is None else [BestMetricIsMeasured()]
+    return callbacks if patience is None else [*callbacks, EarlyStoppingCallback(patience)]
 
 
 def _optimization(cfg: RunConfig) -> dict[str, Any]:

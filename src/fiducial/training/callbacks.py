@@ -4,7 +4,7 @@ import json
 import math
 import signal
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol, runtime_checkable
@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import IntervalStrategy
 
+from fiducial.errors import ConfigError
 from fiducial.training.checkpoints import saved_callback_states
 from fiducial.training.metrics import MetricSums, Stopwatch, peak_memory
 from fiducial.training.objective import Objective
@@ -229,3 +230,24 @@ class Interruption(TrainerCallback):
         requests = torch.tensor(int(self.requested), device=device)
         dist.all_reduce(requests, op=dist.ReduceOp.MAX)
         return bool(requests.item())
+
+
+class BestMetricIsMeasured(TrainerCallback):
+    """Looks for `metric_for_best_model` at the first evaluation, which is before step 1."""
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Raise `ConfigError` where it is not among `metrics`."""
+        name = f"eval_{(args.metric_for_best_model or 'loss').removeprefix('eval_')}"
+        if metrics is not None and name not in metrics:
+            known = ", ".join(each.removeprefix("eval_") for each in metrics)
+            raise ConfigError(
+                f"metric_for_best_model: {args.metric_for_best_model} is not measured here; write one of "
+                f"{known}"
+            )

@@ -90,6 +90,10 @@ def test_the_later_override_wins(tmp_path: Path) -> None:
         ("rl.0=x", "rl is 'dpo'; it has no part 0"),
         ("tokens.0=x", "tokens is no list yet; write tokens='[...]'"),
         ("seed=[1", "override 'seed=[1'  not valid YAML: expected ',' or ']', but got '<stream end>'"),
+        (
+            "reference={model:x}",
+            "reference.model:x — unknown key; a colon is followed by a space; write model: x",
+        ),
         ("datasets[0].path=x", "positions follow a dot; write datasets.0.path=..."),
         ("refrence.model=x", "override 'refrence.model=x'  refrence: {'model': 'x'} — unknown key; did you"),
         ("reference={source: auto, source: none}", "reference.source — written twice"),

@@ -108,6 +108,12 @@ def test_a_prompt_that_would_be_overlooked_is_pointed_out(column: str) -> None:
     choose({}, {"source": "web", "chosen": "The sun.", "rejected": "The moon."})
 
 
+def test_a_column_that_is_named_and_not_there_is_pointed_out() -> None:
+    row = {"prompt": "Why?", "chosen": "The sun.", "rejected": "The moon."}
+    with pytest.raises(DataError, match=r"datasets\.0\.field_chosen .*no column 'good'; there are prompt"):
+        choose({"field_chosen": "good"}, row)
+
+
 def choose(options: dict[str, Any], row: dict[str, Any]) -> None:
     config = DatasetConfig(path="rows.jsonl", **options)
     choose_format(config, look_at([row], list(row), config), where="datasets.0")

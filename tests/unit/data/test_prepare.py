@@ -274,6 +274,8 @@ def test_damaged_store(load: Load, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(CacheError, match="is damaged"):
         load([pair(0)], prepared_path=str(folder), dataset={"path": str(tmp_path / "rows0.jsonl")})
+    with pytest.raises(CacheError, match=r"dataset_prepared_path: .* cannot be written"):
+        load([pair(0)], prepared_path=str(path))  # a file
 
 
 @pytest.mark.slow

@@ -191,6 +191,11 @@ def _detect(config: DatasetConfig, shape: Shape, where: str) -> str:
             _require_no_prompt(config, shape, where)
         return found[0]
     columns = ", ".join(f"{name} ({kind})" for name, kind in shape.kinds.items())
+    for option, column in shape.names.items():
+        if column not in shape.kinds:
+            raise DataError(
+                f"{where}.field_{option} ({config.path}): there is no column '{column}'; there are {columns}."
+            )
     known = ", ".join(name for name, format_ in FORMATS.items() if format_.detect)
     problem = (
         f"could be any of {', '.join(found)}"
