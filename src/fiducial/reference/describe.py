@@ -3,6 +3,7 @@
 import math
 import os
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -13,6 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fiducial.config.schema import DatasetConfig, RunConfig
+from fiducial.data.formats import require_known_types
+from fiducial.hub import is_hub_name
 from fiducial.reference.alternatives import alternatives, relative_time
 from fiducial.reference.cache.known import known_records
 from fiducial.reference.facts import Facts, ModelFacts, gather_facts
@@ -36,9 +39,12 @@ def plan_run(cfg: RunConfig) -> Report:
     """Everything `fiducial plan` says of a run.
 
     Raises:
+        ConfigError: the type of a dataset is no format's name.
         ModelError: a checkpoint cannot be used.
         PlanError: the reference that was asked for would not be the one the loss needs.
     """
+    if cfg.data is not None:
+        require_known_types(cfg.data)
     facts = gather_facts(cfg)
     plan = plan_reference(cfg, facts)
     lists, budget = assumed_lists(cfg), _token_budget(cfg, facts, plan)
@@ -242,8 +248,14 @@ def _facts_table(report: Report) -> Table:
 
 def _dataset_line(dataset: Report) -> str:
     rows = "counted when loaded" if dataset["rows"] is None else f"{dataset['rows']:,} rows"
+    if _is_missing(dataset["path"]):
+        rows = "not there"
     split = f", {dataset['split']}" if dataset["split"] else ""
     return f"{dataset['path']}{split}: {rows}"
+
+
+def _is_missing(path: str) -> bool:
+    return "://" not in path and not is_hub_name(path) and not Path(path).expanduser().exists()
 
 
 def _batch_line(batch: Report) -> str:

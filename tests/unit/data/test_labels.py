@@ -90,7 +90,7 @@ def test_odd_labels_are_counted(fit: Fit) -> None:
 
     dropped = data.audit.datasets[0].dropped
     assert {reason: (each.rows, each.detail) for reason, each in dropped.items()} == {
-        "the label is neither true nor false": ([2, 3], "'maybe'"),
+        "the label is neither true nor false": ([2, 3], "'maybe'; '-1'"),
         "a field is missing": ([4], "label"),
     }
     assert data.audit.datasets[0].lengths.keys() == {"prompt", "completion"}

@@ -21,6 +21,7 @@ from fiducial.config.schema import (
     ReferenceConfig,
     RunConfig,
 )
+from fiducial.errors import ConfigError
 from fiducial.reference.describe import plan_run, render_plan
 from tiny import save_checkpoint
 
@@ -188,7 +189,16 @@ def test_notes_and_uncounted_data_are_shown(base: Path, pairs: Path) -> None:
     assert report["batch"]["steps_per_epoch"] is None
     text = page(report, 100)
     assert "team/pairs[bold]: counted when loaded" in text  # brackets are text, not markup
+    assert "./nowhere.jsonl: not there" in page(plan_run(run(base, "./nowhere.jsonl")), 100)
     assert "Note: Handed to a trainer that only switches adapters off" in text
+
+
+def test_a_type_that_is_none_is_told_without_any_data(base: Path) -> None:
+    data = DataConfig(datasets=(DatasetConfig(path="team/pairs", type="chatml.intell"),))
+    with pytest.raises(
+        ConfigError, match=r"datasets\.0\.type: 'chatml.intell' .*Did you mean 'chatml.intel'"
+    ):
+        plan_run(run(base, "unused", data=data))
 
 
 def test_planning_imports_no_torch(base: Path, pairs: Path) -> None:

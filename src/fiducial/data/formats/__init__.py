@@ -7,14 +7,14 @@ Adding a format: write a reader `(row, fields) -> (prompt, completions)`, add it
 from collections.abc import Mapping
 from difflib import get_close_matches
 
-from fiducial.config.schema import DatasetConfig
+from fiducial.config.schema import DataConfig, DatasetConfig
 from fiducial.data.formats import chat, hh, labelled, named_template, ranked, trl, user_defined
 from fiducial.data.formats.fields import Fields, Format, resolve_fields
 from fiducial.data.formats.named_template import CHATML, LLAMA3, Chat, Chats, Question, TurnMarks
 from fiducial.data.formats.shape import LABEL_COLUMNS, Shape
 from fiducial.errors import ConfigError, DataError
 
-__all__ = ["FORMATS", "Fields", "Format", "choose_format"]
+__all__ = ["FORMATS", "Fields", "Format", "choose_format", "require_known_types"]
 
 Columns = Mapping[str, tuple[str, ...]]
 PAIR: Columns = {"chosen": ("chosen",), "rejected": ("rejected",)}
@@ -160,19 +160,36 @@ def choose_format(config: DatasetConfig, shape: Shape, *, where: str) -> tuple[s
     return name, FORMATS[name], fields
 
 
+def require_known_types(data: DataConfig) -> None:
+    """Raise `ConfigError` for a type that is no format's name, before any row is read."""
+    for section in ("datasets", "test_datasets"):
+        for number, config in enumerate(getattr(data, section)):
+            if config.type != "auto" and not any(_meant_by(config)):
+                raise _unknown_type(config, f"{section}.{number}")
+
+
 def _named_format(config: DatasetConfig, shape: Shape, where: str) -> str | None:
     if config.type == "auto":
         return None
-    written = config.type if isinstance(config.type, str) else "user_defined"
-    paired = (written, f"{written}.default")
-    single = tuple(f"kto.{name}" for name in paired)
+    paired, single = _meant_by(config)
     for name in (*single, *paired) if _holds_labels(config, shape) else (*paired, *single):
-        if name in FORMATS:
-            return name
+        return name
+    raise _unknown_type(config, where)
+
+
+def _meant_by(config: DatasetConfig) -> tuple[list[str], list[str]]:
+    """Formats of pairs, and of labelled completions, that the written type may name."""
+    written = config.type if isinstance(config.type, str) else "user_defined"
+    names = (written, f"{written}.default")
+    single = (f"kto.{name}" for name in names)
+    return [name for name in names if name in FORMATS], [name for name in single if name in FORMATS]
+
+
+def _unknown_type(config: DatasetConfig, where: str) -> ConfigError:
     assert isinstance(config.type, str), "a mapping is a user-defined type"
     nearest = get_close_matches(config.type, FORMATS, n=1, cutoff=0.4)
     hint = f" Did you mean '{nearest[0]}'?" if nearest else ""
-    raise ConfigError(
+    return ConfigError(
         f"{where}.type: '{config.type}' is not a type of preference data.{hint} "
         f"The types are auto, {', '.join(FORMATS)}, or a mapping with prompt_format and its kin."
     )
