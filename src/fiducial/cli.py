@@ -78,8 +78,8 @@ def train(config: RunFile, overrides: Overrides = None, debug: Debug = False) ->
     with _reporting(debug, interrupted=resume):
         run = _load(config, overrides)
 
-        _quieten()
-        from fiducial.train import train as train_run
+        with _loading():
+            from fiducial.train import train as train_run
 
         train_run(run.settings)
 
@@ -112,8 +112,8 @@ def preprocess(config: RunFile, overrides: Overrides = None, debug: Debug = Fals
     with _reporting(debug, interrupted=resume):
         run = _load(config, overrides).config
 
-        _quieten()
-        from fiducial.train import preprocess as preprocess_run
+        with _loading():
+            from fiducial.train import preprocess as preprocess_run
 
         preprocess_run(run)
 
@@ -127,14 +127,15 @@ def evaluate(run: RunOrFolder, overrides: Overrides = None, debug: Debug = False
     with _reporting(debug):
         if _is_folder(run):
             finished = _find_finished(run, overrides)
-            from fiducial.evaluate import evaluate_finished
+            with _loading():
+                from fiducial.evaluate import evaluate_finished
 
             evaluate_finished(finished)
             return
         loaded = _load(run, overrides)
 
-        _quieten()
-        from fiducial.evaluate import evaluate as evaluate_run
+        with _loading():
+            from fiducial.evaluate import evaluate as evaluate_run
 
         evaluate_run(loaded.config)
 
@@ -145,14 +146,15 @@ def verify(run: RunOrFolder, overrides: Overrides = None, debug: Debug = False) 
     with _reporting(debug):
         if _is_folder(run):
             finished = _find_finished(run, overrides)
-            from fiducial.as_then import verify_finished
+            with _loading():
+                from fiducial.as_then import verify_finished
 
             verify_finished(finished)
             return
         loaded = _load(run, overrides)
 
-        _quieten()
-        from fiducial.verification import verify as verify_run
+        with _loading():
+            from fiducial.verification import verify as verify_run
 
         verify_run(loaded.config)
 
@@ -171,14 +173,15 @@ def merge(
         target = Path(output) if output else None
         if _is_folder(run):
             finished = _find_finished(run, overrides)
-            from fiducial.merge import merge_finished
+            with _loading():
+                from fiducial.merge import merge_finished
 
             merged = merge_finished(finished, target)
         else:
             loaded = _load(run, overrides)
 
-            _quieten()
-            from fiducial.merge import merge_adapter
+            with _loading():
+                from fiducial.merge import merge_adapter
 
             merged = merge_adapter(loaded.config, target)
         _console().print(f"Merged model and tokenizer: [bold]{escape(str(merged))}[/bold]", soft_wrap=True)
@@ -217,7 +220,6 @@ def _find_finished(folder: str, overrides: list[str] | None) -> "FinishedRun":
 
     finished = from_folder(Path(folder), overrides or ())
     _tell_notes(finished.cfg)
-    _quieten()
     return finished
 
 
@@ -229,6 +231,14 @@ def _tell_notes(run: RunConfig, notes: tuple[str, ...] = ()) -> None:
     cached = f"the hub cannot be reached ({offline}): using what is cached."
     for note in (*notes, *([cached] if offline is not None else [])):
         _console(stderr=True).print(f"[yellow]note:[/yellow] {escape(note)}", soft_wrap=True)
+
+
+@contextmanager
+def _loading() -> Iterator[None]:
+    """Inside, heavy libraries are imported, for seconds in which a terminal would show nothing."""
+    with _console(stderr=True).status("Loading torch and transformers …"):
+        _quieten()
+        yield
 
 
 def _quieten() -> None:

@@ -204,6 +204,21 @@ def test_a_command_hands_the_loaded_run_to_its_function(
     assert "note: a note" in result.stderr
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_is_told_of_the_seconds_of_imports(
+    fiducial_command: Fiducial, monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    loaded = SimpleNamespace(config=validate_config({"base_model": "."}), notes=(), settings={})
+    monkeypatch.setattr("fiducial.config.load.load_run", lambda path, overrides: loaded)
+    monkeypatch.setattr("fiducial.train.train", lambda settings: None)
+    monkeypatch.setenv("TTY_COMPATIBLE", "1" if terminal else "0")
+
+    result = fiducial_command("train", "run.yaml")
+
+    assert ("Loading torch" in result.stderr) == terminal
+    assert result.stdout == ""
+
+
 def test_one_process_of_many_speaks(fiducial_command: Fiducial, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
 
