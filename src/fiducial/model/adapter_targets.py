@@ -73,7 +73,8 @@ def require_all_found(policy: PeftModel, cfg: AdapterConfig, adapter: str) -> No
 def _require(key: str, missing: Iterable[str], policy: PeftModel) -> None:
     names = sorted(missing)
     if names:
-        known = sorted({name.rpartition(".")[2] for name in _names_of(policy, nn.Linear | nn.Embedding)})
+        layers = (name for name in _names_of(policy, nn.Linear | nn.Embedding) if ".lora_" not in name)
+        known = sorted({name.removesuffix(".base_layer").rpartition(".")[2] for name in layers})
         raise ModelError(
             f"{key}: {', '.join(names)}: the adapter finds nothing of that name, so it has no effect. "
             f"Correct it or remove it; layers of this model are called {', '.join(known)}."

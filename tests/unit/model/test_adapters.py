@@ -189,7 +189,10 @@ def test_targets_beside_all_linear_layers_are_added(named: tuple[str, ...], furt
         ({"init_lora_weights": "nonsense"}, "nonsense"),
         ({"target_linear": True, "target_modules": ".*q_proj"}, "lora_target_linear"),
         ({"target_modules": ("q_proj", "vv_proj")}, "lora_target_modules: vv_proj: .*called .*v_proj"),
-        ({"target_linear": True, "target_modules": ("vv_proj",)}, "lora_target_modules: vv_proj"),
+        (
+            {"target_linear": True, "target_modules": ("vv_proj",)},
+            "vv_proj: .* called down_proj, embed_tokens, gate_proj, k_proj, lm_head, o_proj, q_proj, up",
+        ),
         ({"modules_to_save": ("lm_haed",)}, "lora_modules_to_save: lm_haed"),
         ({"rank_pattern": {"q_prj": 2}}, "lora_rank_pattern: q_prj"),
         ({"alpha_pattern": {"q_prj": 2}}, "lora_alpha_pattern: q_prj"),
