@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> int:
     options = _options(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shared = [row for tokens in options.tokens for row in _shared_layers(options, device, tokens)]
-    sharded = _sharded(options)
+    sharded = [*_sharded(options)]
     held: list[tuple[Bits, torch.dtype | None]] = [
         (8, None),
         (8, torch.bfloat16),
@@ -115,8 +115,15 @@ def _compared(
     return _row(name, policy, groups, ratios)
 
 
-def _sharded(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each number of tokens, measured in processes of their own."""
+def _sharded(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A row for each number of tokens; of the larger shape, whose passes take many seconds, for the least."""
+    yield from _in_processes(options)
+    if options.larger is not None:
+        larger = argparse.Namespace(shape=options.larger, tokens=[min(options.tokens)], repeats=3)
+        yield from _in_processes(larger)
+
+
+def _in_processes(options: argparse.Namespace) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.spawn(_sharded_process, (options, Path(folder)), PROCESSES)  # type: ignore[no-untyped-call]  # torch types no spawn
         rows: list[dict[str, Any]] = json.loads((Path(folder) / "rows.json").read_text())
@@ -138,7 +145,7 @@ def _sharded_process(rank: int, options: argparse.Namespace, folder: Path) -> No
         groups = _groups(tokens)
         ways = (partial(_together, partial(_step, policy, each, groups)) for each in (off, joint))
         ratios = [(two[0] / one[0], two[1] / one[1]) for two, one in _in_turn(options.repeats, *ways)]
-        rows.append(_row("LoRA on all layers", policy, groups, ratios))
+        rows.append(_row(f"LoRA on all layers, {options.shape}", policy, groups, ratios))
     if rank == 0:
         (folder / "rows.json").write_text(json.dumps(rows))
     dist.barrier()
@@ -260,11 +267,12 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--shape", default="42M")
     parser.add_argument("--tokens", type=int, nargs="+", default=[192, 768])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--larger", default="1B", help="a second shape for the sharded weights")
     parser.add_argument("--output", type=Path, help="bench/results/one_pass.json unless --quick")
     parser.add_argument("--quick", action="store_true", help="a tiny model, into bench/.cache")
     options = parser.parse_args(arguments)
     if options.quick:
-        options.shape, options.tokens, options.repeats = "tiny", [192], 1
+        options.shape, options.tokens, options.repeats, options.larger = "tiny", [192], 1, None
     folder = HERE / (".cache" if options.quick else "results")
     options.output = options.output or folder / "one_pass.json"
     return options
