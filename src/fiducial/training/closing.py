@@ -65,7 +65,7 @@ def _reference_rows(proof: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = [
         (
             "policy − reference before step 1, a token",
-            f"{spread['min']:.1e} to {spread['max']:.1e}, median {spread['median']:.1e}",
+            f"{spread['min']:.1e} to {spread['max']:.1e}",
         ),
         ("noise of other batch shapes", f"{proof['noise_floor']:.1e}, equal up to {proof['tolerance']:.1e}"),
     ]

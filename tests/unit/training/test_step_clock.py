@@ -67,7 +67,7 @@ def shown(record: dict[str, Any]) -> str:
 
 def test_the_closing_table_says_what_was_proved_and_measured() -> None:
     text = shown(RECORD)
-    assert "policy − reference before step 1, a token -1.0e-06 to 2.0e-06, median 0.0e+00" in text
+    assert "policy − reference before step 1, a token -1.0e-06 to 2.0e-06" in text
     assert "noise of other batch shapes 3.0e-06, equal up to 1.2e-05" in text
     assert "reference moved by itself no" in text
     assert "time that scoring takes, predicted 25% time that scoring takes, measured 21%" in text
