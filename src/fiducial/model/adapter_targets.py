@@ -5,6 +5,7 @@ PEFT asks for one match: a misspelt name beside a right one would be passed over
 
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -57,6 +58,9 @@ def require_all_found(policy: PeftModel, cfg: AdapterConfig, adapter: str) -> No
         _require(
             "lora_target_modules", (name for name in targets or () if not _is_found(name, adapted)), policy
         )
+    tuner: Any = policy.base_model
+    missing = (name for name in cfg.target_parameters if not _is_found(name, tuner.targeted_parameter_names))
+    _require("lora_target_parameters", missing, policy)
     missing = (name for name in cfg.modules_to_save if not _is_found(name, saved))
     _require("lora_modules_to_save", missing, policy)
     for key, pattern in (

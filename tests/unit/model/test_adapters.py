@@ -193,6 +193,7 @@ def test_targets_beside_all_linear_layers_are_added(named: tuple[str, ...], furt
             {"target_linear": True, "target_modules": ("vv_proj",)},
             "vv_proj: .* called down_proj, embed_tokens, gate_proj, k_proj, lm_head, o_proj, q_proj, up",
         ),
+        ({"target_parameters": ("q_proj.weight", "q_proj.wait")}, "lora_target_parameters: q_proj.wait: "),
         ({"modules_to_save": ("lm_haed",)}, "lora_modules_to_save: lm_haed"),
         ({"rank_pattern": {"q_prj": 2}}, "lora_rank_pattern: q_prj"),
         ({"alpha_pattern": {"q_prj": 2}}, "lora_alpha_pattern: q_prj"),
