@@ -34,6 +34,12 @@ SAME = 1e-4
 """Nats a token that the shape of the batch can change; in one shape every source is at 0."""
 MOVED = 0.1
 
+PARAMETERS = LORA | {
+    "lora_target_linear": False,
+    "lora_target_modules": ["q_proj", "down_proj"],
+    "lora_target_parameters": ["up_proj.weight"],
+}
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -82,6 +88,7 @@ KINDS: dict[str, Kind] = {
     "random start": Kind(
         LORA | {"peft_init_lora_weights": False}, Source.FROZEN_ADAPTER, Source.INITIAL_POLICY
     ),
+    "parameters": Kind(PARAMETERS, Source.ADAPTER_OFF, Source.ADAPTER_OFF),
     "resumed": Kind(LORA | {"lora_model_dir": "adapter"}, Source.FROZEN_ADAPTER, Source.FROZEN_ADAPTER),
     "bias all": Kind(LORA | {"peft_bias": "all"}, Source.SEPARATE_MODEL, Source.INITIAL_POLICY, base="qwen2"),
     "trained modules": Kind(

@@ -130,7 +130,7 @@ def why_frozen_copy_differs(cfg: RunConfig, facts: Facts) -> str | None:
     if setting := trains_outside_adapter(cfg, facts):
         return f"{setting} trains base weights, which a frozen adapter shares with the policy"
     if facts.adapter.target_parameters if facts.adapter else cfg.adapter.target_parameters:
-        return "lora_target_parameters: PEFT before 0.20 holds only one adapter of that kind"
+        return "lora_target_parameters: a frozen copy of such an adapter is not supported"
     return None
 
 
