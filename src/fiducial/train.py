@@ -15,7 +15,6 @@ from fiducial.agreement import lost_process_explained
 from fiducial.assembly import METRICS_FILE, Assembled, assemble
 from fiducial.config.load import validate_config
 from fiducial.config.schema import RunConfig
-from fiducial.errors import ConfigError
 from fiducial.model.adapters import REFERENCE_ADAPTER
 from fiducial.model_card import write_model_card
 from fiducial.offline import kept_to_cache
@@ -43,7 +42,7 @@ from fiducial.training.callbacks import Interrupted, Interruption, saved_micro_b
 from fiducial.training.checkpoints import Launch, full_disk_explained, to_resume
 from fiducial.training.closing import closing_table, first_and_last
 from fiducial.training.loggers import close_loggers, reporting, require_loggers
-from fiducial.training.output_folder import make_output_folder
+from fiducial.training.output_folder import keep_sources, make_output_folder
 from fiducial.training.progress import ProgressBar
 from fiducial.training.pushing import pushing_explained
 from fiducial.training.reference_sync import ReferenceSync
@@ -73,7 +72,7 @@ def train(cfg: RunConfig | Mapping[str, Any], *, console: Console | None = None)
     """
     checked = validate_config(cfg)
     require_loggers(checked.output.loggers)
-    _keep_sources(checked)
+    keep_sources(checked)
     check_settings(checked)
     make_output_folder(checked)
     _checkpoint_to_resume(checked)  # looked for here as well, before any data is read
@@ -126,28 +125,6 @@ def preprocess(cfg: RunConfig | Mapping[str, Any], *, console: Console | None = 
                 budget = choose_token_budget(run.cfg, run.facts, run.plan, args.device)
                 score_ahead(run, load_policy(run, args.device, budget), args.device)
     return run
-
-
-def _keep_sources(cfg: RunConfig) -> None:
-    """Refuse to write over what the run, or its reference, starts from."""
-    output, asked = Path(cfg.output.output_dir).resolve(), cfg.reference
-    sources = {
-        "base_model": cfg.model.base_model,
-        "lora_model_dir": None if cfg.adapter is None else cfg.adapter.path,
-        "reference.model": None if asked.endpoint is not None else asked.model,
-        "reference.adapter": asked.adapter,
-    }
-    for key, location in sources.items():
-        if location is None:
-            continue
-        source = Path(location).resolve()
-        below = source.name.startswith("checkpoint-") and output == source.parent
-        if below or output == source:
-            raise ConfigError(
-                f"output_dir: {cfg.output.output_dir} is where {key}: {location} lies, and the run would "
-                "write over it: what it was trained from, or compared with, could not be found again. Name "
-                "another folder."
-            )
 
 
 def _checkpoint_to_resume(cfg: RunConfig) -> Path | None:

@@ -77,7 +77,7 @@ class _BlockAttention(torch.autograd.Function):
         with torch.autocast(query.device.type, enabled=False):
             gradients = _Gradients(query, key, value, sinks, ctx.rule)
             grad = grads[0].to(gradients.compute).transpose(0, 1)
-            means = (grads[0].to(gradients.wide) * out).sum(-1).transpose(0, 1).unsqueeze(-1)
+            means = (grad.to(gradients.wide) * out.transpose(0, 1)).sum(-1, keepdim=True)
             for block in ctx.plan.blocks:
                 gradients.add(block, grad[:, block.start : block.stop], means[:, block.start : block.stop])
         return *gradients.finished(), None, None
@@ -128,7 +128,8 @@ class _Gradients:
         self.value_columns = value.to(self.compute).transpose(1, 2)
         if self.compute != self.wide:  # half-precision products are twice as fast on rows of memory
             self.value_columns = self.value_columns.contiguous()
-        self.query, self.key = query.to(self.compute), key.to(self.compute)
+        self.query = query.to(self.compute)
+        self.key = self.scores.key if self.compute == self.wide else key.to(self.compute)
         self.of_query = _row_major(query, self.compute)
         self.of_key = _row_major(key, self.wide).zero_()
         self.of_value = _row_major(value, self.wide).zero_()

@@ -93,12 +93,13 @@ def _newest_first(output_dir: Path) -> list[Path]:
         for path in output_dir.glob("checkpoint-*")
         if (found := re.fullmatch(r"checkpoint-(\d+)", path.name))
     ]
-    return [path for _, path in sorted(numbered, reverse=True) if not is_another_runs(path, output_dir)]
+    ours = run_id(output_dir)
+    return [path for _, path in sorted(numbered, reverse=True) if not _is_another_runs(path, ours)]
 
 
-def is_another_runs(checkpoint: Path, output_dir: Path) -> bool:
-    """Whether `checkpoint` is left over from a run before the one that began in `output_dir` last."""
-    ours, theirs = run_id(output_dir), run_id(checkpoint)
+def _is_another_runs(checkpoint: Path, ours: str) -> bool:
+    """Whether `checkpoint` is left over from a run before the one that began in its folder last."""
+    theirs = run_id(checkpoint)
     return bool(ours and theirs) and ours != theirs
 
 

@@ -1,4 +1,4 @@
-"""The folder a run writes to, looked at before anything is read: can it be written to, what is in it?"""
+"""The folder a run writes to, looked at before anything is read: may it be written to, what is in it?"""
 
 import os
 from pathlib import Path
@@ -9,6 +9,28 @@ from fiducial.training.checkpoints import WHOLE_WEIGHTS
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 MODEL_FILES = tuple(name for name in WHOLE_WEIGHTS if name not in ADAPTER_FILES)
+
+
+def keep_sources(cfg: RunConfig) -> None:
+    """Raise `ConfigError` where the run would write over what it, or its reference, starts from."""
+    output, asked = Path(cfg.output.output_dir).resolve(), cfg.reference
+    sources = {
+        "base_model": cfg.model.base_model,
+        "lora_model_dir": None if cfg.adapter is None else cfg.adapter.path,
+        "reference.model": None if asked.endpoint is not None else asked.model,
+        "reference.adapter": asked.adapter,
+    }
+    for key, location in sources.items():
+        if location is None:
+            continue
+        source = Path(location).resolve()
+        below = source.name.startswith("checkpoint-") and output == source.parent
+        if below or output == source:
+            raise ConfigError(
+                f"output_dir: {cfg.output.output_dir} is where {key}: {location} lies, and the run would "
+                "write over it: what it was trained from, or compared with, could not be found again. Name "
+                "another folder."
+            )
 
 
 def make_output_folder(cfg: RunConfig) -> Path:

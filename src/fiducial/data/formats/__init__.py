@@ -172,9 +172,10 @@ def _named_format(config: DatasetConfig, shape: Shape, where: str) -> str | None
     if config.type == "auto":
         return None
     paired, single = _meant_by(config)
-    for name in (*single, *paired) if _holds_labels(config, shape) else (*paired, *single):
-        return name
-    raise _unknown_type(config, where)
+    names = [*single, *paired] if _holds_labels(config, shape) else [*paired, *single]
+    if not names:
+        raise _unknown_type(config, where)
+    return names[0]
 
 
 def _meant_by(config: DatasetConfig) -> tuple[list[str], list[str]]:
