@@ -71,6 +71,10 @@ OTHER_NAMES = {
 
 _COMMAND = "the command says what is done; remove it"
 _OWN_LAYOUT = "rows are packed and the head works in chunks; remove it"
+_KERNELS = (
+    "the head always works in chunks; for Liger's other kernels, on a GPU, write liger_rope: true, "
+    "liger_rms_norm: true and liger_glu_activation: true"
+)
 
 NO_KEY = {
     "do_train": _COMMAND,
@@ -83,7 +87,8 @@ NO_KEY = {
     "max_completion_length": "bound prompt + completion with sequence_len",
     "precompute_ref_batch_size": "micro_batch_tokens bounds every pass; remove it",
     "padding_free": _OWN_LAYOUT,
-    "use_liger_kernel": _OWN_LAYOUT,
+    "use_liger_kernel": _KERNELS,
+    "enable_liger_kernel": _KERNELS,
     "disable_dropout": "the base has no dropout, and lora_dropout works in training; remove it",
     "reference_free": "write rl: cpo or simpo, which have no reference",
     "is_encoder_decoder": "Fiducial aligns causal language models; remove it",
