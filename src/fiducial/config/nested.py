@@ -28,7 +28,7 @@ _DATASET = table(
         "field input_format input_transform",
         no("for supervised data; name the columns with field_prompt, field_chosen, ..."),
     ),
-    ("field_tools field_thinking template_thinking_key split_thinking", no("not in this version; remove it")),
+    ("field_thinking template_thinking_key split_thinking", no("not in this version; remove it")),
     ("drop_system_message", no("not in this version; remove system messages from the data")),
     ("logprobs_field temperature", no("for distillation; remove it")),
 )

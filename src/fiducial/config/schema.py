@@ -170,6 +170,8 @@ class DatasetConfig(Section):
     field_rejected_score: str | None = None
     field_prompt: str | None = None
     field_system: str | None = None
+    field_tools: str | None = None
+    """What the assistant could call, as the chat template is told: a list of JSON schemas, or its text."""
     roles: dict[str, tuple[str, ...]] | None = None
     """Our role (`user`, `assistant`, `system`, `tool`) to the names the rows use."""
     message_property_mappings: dict[str, str] | None = None

@@ -12,6 +12,8 @@ from typing import Any
 Message = Mapping[str, Any]
 """`role` and `content`, plus whatever else a template may read (`tool_calls`, `name`, …)."""
 Messages = tuple[Message, ...]
+Tool = Mapping[str, Any]
+"""A function the assistant could call, as a JSON schema."""
 Content = str | Messages
 
 ANSWERING_ROLES = frozenset({"assistant", "tool"})
@@ -25,6 +27,7 @@ class Reason(StrEnum):
     SCORE = "a score is missing or is no number"
     ORDER = "the chosen completion's score is not the higher one"
     NOT_TEXT = "content is not text"
+    TOOLS = "tools are not a list of JSON schemas"
     UNKNOWN_ROLE = "unknown role"
     EMPTY_PROMPT = "empty prompt"
     EMPTY_COMPLETION = "empty completion"
@@ -58,6 +61,8 @@ class PreferenceExample:
     """Position in the dataset as opened (after `split` and `shards`), counted from 0."""
     scores: tuple[float, ...] = ()
     """Each completion's rating, or 1 and -1 for desirable and undesirable; empty where the row has none."""
+    tools: tuple[Tool, ...] = ()
+    """What the assistant could call, for the chat template."""
 
     def check(self) -> None:
         """Raise `OddRow` unless there is a prompt, and completions that differ."""

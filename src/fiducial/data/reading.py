@@ -9,10 +9,12 @@ from fiducial.data.example import OddRow
 from fiducial.data.formats import choose_format
 from fiducial.data.formats.labels import read_scores
 from fiducial.data.formats.shape import look_at
+from fiducial.data.formats.tools import rendered_tools
 from fiducial.data.rows import RowTokenizer
 from fiducial.data.tokenize import GroupTokenizer
 
 NO_GENERATION_PROMPT = "the chat template has no generation prompt: what it puts before an answer is scored"
+TOOLS_UNWRITTEN = "the chat template writes no tools, so that the column is not read"
 LOOK_AT = 100
 """Rows `type: auto` decides by."""
 
@@ -34,10 +36,13 @@ def choose_reading(
         DataError: `auto` finds no format or several, or a column is missing.
     """
     shape = look_at(rows, columns, config)
-    name, format_, fields = choose_format(config, shape, where=where)
+    name, format_, found = choose_format(config, shape, where=where)
+    fields = rendered_tools(found, tokenize.template, named=config.field_tools is not None, where=where)
     work = RowTokenizer(config.path, format_.read, fields, tokenize, format_.scores or read_scores)
     account = DatasetAudit(config.path, name)
     account.unread_columns = [column for column in columns if column not in fields.columns.values()]
+    if fields is not found:
+        account.notes.append(TOOLS_UNWRITTEN)
     if _scores_headers(work, rows):
         account.notes.append(NO_GENERATION_PROMPT)
     return work, account

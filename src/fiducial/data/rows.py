@@ -15,6 +15,7 @@ import datasets
 from fiducial.data.example import OddRow, PreferenceExample
 from fiducial.data.formats.fields import Fields, Reader, ScoreReader
 from fiducial.data.formats.labels import read_scores
+from fiducial.data.formats.tools import read_tools
 from fiducial.data.tokenize import GroupTokenizer, Tokenized
 
 BATCH = 1000
@@ -41,10 +42,12 @@ class RowTokenizer:
             try:
                 prompt, completions = self.read(row, self.fields)
                 scores = self.read_scores(row, self.fields)
+                tools = read_tools(row, self.fields)
             except OddRow as odd:
                 outcomes.append(odd)
             else:
-                outcomes.append(PreferenceExample(prompt, completions, self.name, first_row + offset, scores))
+                number = first_row + offset
+                outcomes.append(PreferenceExample(prompt, completions, self.name, number, scores, tools))
         examples = [outcome for outcome in outcomes if isinstance(outcome, PreferenceExample)]
         tokenized = iter(self.tokenize.tokenize_examples(examples))
         return [outcome if isinstance(outcome, OddRow) else next(tokenized) for outcome in outcomes]

@@ -5,7 +5,7 @@ write what the model families were trained with, in our words; a checkpoint's ow
 better choice.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from difflib import get_close_matches
@@ -16,7 +16,7 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from fiducial.config.schema import TokenizerConfig
-from fiducial.data.example import Messages, OddRow, Reason
+from fiducial.data.example import Messages, OddRow, Reason, Tool
 from fiducial.errors import ConfigError
 
 FOLDER = Path(__file__).parent / "chat_templates"
@@ -25,6 +25,11 @@ NAMES = tuple(sorted({path.stem for path in FOLDER.glob("*.jinja")} | ALIASES.ke
 FALLBACK = "tokenizer_default_fallback_"
 _TODAY = datetime(2024, 7, 26)
 """What templates are told that ask for today's date; it is Llama 3.2's own default."""
+_QUESTION: Messages = ({"role": "user", "content": "?"},)
+_TOOL: Tool = {
+    "type": "function",
+    "function": {"name": "f", "description": "", "parameters": {"type": "object", "properties": {}}},
+}
 _DIRECTIVES = ("-d", "-m", *"aAbBcdeFHIjmMpSxXyY")
 
 
@@ -36,15 +41,20 @@ class ChatTemplate:
     source: str
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
-    def render(self, messages: Messages, *, add_generation_prompt: bool) -> str:
-        """The conversation as text; raises `OddRow` where the template refuses it."""
+    def render(self, messages: Messages, *, add_generation_prompt: bool, tools: Sequence[Tool] = ()) -> str:
+        """The conversation, and what could be called in it, as text.
+
+        Raises:
+            OddRow: The template refuses it.
+        """
+        settings = dict(self.kwargs) | ({"tools": [dict(tool) for tool in tools]} if tools else {})
         try:
             rendered = self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 chat_template=_on_one_day(self.source),
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
-                **self.kwargs,
+                **settings,
             )
         except TemplateSyntaxError as error:
             raise ConfigError(
@@ -58,11 +68,19 @@ class ChatTemplate:
     @property
     def opens_the_answer(self) -> bool:
         """Whether the template writes the assistant's header when asked for a generation prompt."""
-        question: Messages = ({"role": "user", "content": "?"},)
         try:
-            closed = self.render(question, add_generation_prompt=False)
-            return self.render(question, add_generation_prompt=True) != closed
+            closed = self.render(_QUESTION, add_generation_prompt=False)
+            return self.render(_QUESTION, add_generation_prompt=True) != closed
         except OddRow:  # a template with demands of its own; rows will tell
+            return True
+
+    @property
+    def writes_tools(self) -> bool:
+        """Whether the template tells the assistant what it could call."""
+        try:
+            told = self.render(_QUESTION, add_generation_prompt=True, tools=[_TOOL])
+            return told != self.render(_QUESTION, add_generation_prompt=True)
+        except OddRow:  # rows will tell
             return True
 
 

@@ -12,7 +12,7 @@ BOS is the tokenizer's or the template's business, and never stands twice.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import combinations
 from typing import Literal
 
@@ -121,13 +121,14 @@ class GroupTokenizer:
                 f"{example.dataset}: its rows are conversations, and the tokenizer has no chat template. "
                 f"Name one with `chat_template:` (say chatml) or give its text in chat_template_jinja."
             )
+        render = partial(self.template.render, tools=example.tools)
         wholes = [
-            self.template.render((*prompt, *turns), add_generation_prompt=False)
+            render((*prompt, *turns), add_generation_prompt=False)
             for turns in example.completions
             if not isinstance(turns, str)
         ]
         assert len(wholes) == len(example.completions), "conversations are completed by messages"
-        return [self.template.render(prompt, add_generation_prompt=True), *wholes]
+        return [render(prompt, add_generation_prompt=True), *wholes]
 
     def _token_ids(
         self, examples: Sequence[PreferenceExample], renderings: Sequence[list[str] | OddRow]

@@ -25,7 +25,11 @@ RANKED: Columns = {"prompt": ("prompt",), "completions": ("completions",)}
 SYSTEM: Columns = {"system": ("system",)}
 SYSTEM_BY_NAME: Columns = {"system": ()}
 """A system column is read only where field_system names it."""
-RANKING: Columns = {"scores": ("scores", "ratings"), **SYSTEM_BY_NAME}
+TOOLS: Columns = {"tools": ("tools",)}
+"""For the chat template; left unread where that writes none."""
+CHAT: Columns = {**SYSTEM_BY_NAME, **TOOLS}
+CHAT_AND_SYSTEM: Columns = {**SYSTEM, **TOOLS}
+RANKING: Columns = {"scores": ("scores", "ratings"), **CHAT}
 
 
 def _named(prefix: str, marks: TurnMarks) -> dict[str, Format]:
@@ -71,7 +75,7 @@ FORMATS: dict[str, Format] = {
     "trl.explicit_chat": Format(
         trl.explicit_chat,
         EXPLICIT,
-        optional=SYSTEM_BY_NAME,
+        optional=CHAT,
         detect=trl.is_explicit_chat,
         reads_messages=True,
     ),
@@ -79,12 +83,12 @@ FORMATS: dict[str, Format] = {
         trl.implicit, PAIR, detect=lambda shape: trl.is_implicit(shape) and not hh.is_transcript(shape)
     ),
     "trl.implicit_chat": Format(
-        trl.implicit_chat, PAIR, optional=SYSTEM_BY_NAME, detect=trl.is_implicit_chat, reads_messages=True
+        trl.implicit_chat, PAIR, optional=CHAT, detect=trl.is_implicit_chat, reads_messages=True
     ),
     "sharegpt": Format(
         chat.answered,
         {"messages": ("conversations",), **PAIR},
-        optional=SYSTEM,
+        optional=CHAT_AND_SYSTEM,
         detect=chat.is_sharegpt,
         reads_messages=True,
     ),
@@ -93,14 +97,12 @@ FORMATS: dict[str, Format] = {
     "chat_template.default": Format(
         chat.answered,
         {"messages": ("messages",), **PAIR},
-        optional=SYSTEM_BY_NAME,
+        optional=CHAT,
         detect=chat.is_messages,
         reads_messages=True,
     ),
-    "chat_template.argilla_chat": Format(
-        trl.implicit_chat, PAIR, optional=SYSTEM_BY_NAME, reads_messages=True
-    ),
-    "chat_template.argilla": Format(trl.implicit_chat, PAIR, optional=SYSTEM, reads_messages=True),
+    "chat_template.argilla_chat": Format(trl.implicit_chat, PAIR, optional=CHAT, reads_messages=True),
+    "chat_template.argilla": Format(trl.implicit_chat, PAIR, optional=CHAT_AND_SYSTEM, reads_messages=True),
     **_named("chatml", CHATML),
     **_named("llama3", LLAMA3),
     "zephyr.nectar": Format(named_template.nectar, {"prompt": ("prompt",), "messages": ("answers",)}),
@@ -123,19 +125,19 @@ FORMATS: dict[str, Format] = {
     ),
     "kto.trl": Format(labelled.plain, SINGLE, detect=labelled.is_plain),
     "kto.trl_chat": Format(
-        labelled.chat, SINGLE, optional=SYSTEM_BY_NAME, detect=labelled.is_chat, reads_messages=True
+        labelled.chat, SINGLE, optional=CHAT, detect=labelled.is_chat, reads_messages=True
     ),
     "kto.sharegpt": Format(
         labelled.conversation,
         {"messages": ("conversations",), **LABEL},
-        optional=SYSTEM,
+        optional=CHAT_AND_SYSTEM,
         detect=labelled.is_sharegpt,
         reads_messages=True,
     ),
     "kto.chat_template.default": Format(
         labelled.conversation,
         {"messages": ("messages",), **LABEL},
-        optional=SYSTEM_BY_NAME,
+        optional=CHAT,
         detect=labelled.is_messages,
         reads_messages=True,
     ),

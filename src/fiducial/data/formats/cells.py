@@ -91,6 +91,17 @@ def split_shared(chosen: Messages, rejected: Messages) -> tuple[Messages, tuple[
     return chosen[:shared], (chosen[shared:], rejected[shared:])
 
 
+def without_absent(value: Any) -> Any:
+    """A cell's value without what only other rows have.
+
+    Arrow stores objects of one column with the keys of all of them, absent ones as null: a call's arguments
+    would be rendered with those of every other function.
+    """
+    if isinstance(value, Mapping):
+        return {key: without_absent(item) for key, item in value.items() if item is not None}
+    return [without_absent(item) for item in value] if isinstance(value, list) else value
+
+
 def _message(value: Any, fields: Fields, option: str) -> Message:
     if not isinstance(value, Mapping):
         raise OddRow(Reason.NOT_TEXT, f"{option} holds something that is not a message")
@@ -104,7 +115,7 @@ def _message(value: Any, fields: Fields, option: str) -> Message:
         raise OddRow(Reason.UNKNOWN_ROLE, repr(role))
     ours = {theirs: own for own, theirs in names.items()}
     rest: dict[str, Any] = {
-        str(ours.get(key, key)): item
+        str(ours.get(key, key)): without_absent(item)
         for key, item in value.items()
         if item is not None and key not in (role_key, content_key)
     }

@@ -19,7 +19,7 @@ Preference = tuple[Content, tuple[Content, ...]]
 """A prompt and its completions, best first."""
 
 OPTIONS = (
-    *("prompt", "chosen", "rejected", "completion", "label", "system", "messages"),
+    *("prompt", "chosen", "rejected", "completion", "label", "system", "tools", "messages"),
     *("completions", "scores", "chosen_score", "rejected_score"),
 )
 
