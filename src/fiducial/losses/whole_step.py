@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
 from fiducial.config.methods import MethodConfig
@@ -14,6 +14,10 @@ from fiducial.losses.paired import PerPair, log_ratios, pairwise, smoothed_logis
 
 LEAST_BETA = 1e-3
 """What β-DPO's beta never falls below, as in its authors' code: below 0 it would learn the rejected ones."""
+
+LEAST_DEVIATION = 1e-3
+"""What the deviation of margins is taken for at least, in nats. Before step 1 they differ by rounding alone,
+which is another for every cut of a step."""
 
 
 def bco_pair(method: MethodConfig) -> Loss:
@@ -98,7 +102,8 @@ def beta_dpo_loss(
     old = momentum if num_steps else 0.0
     mean = old * running["mean"] + (1 - old) * seen.mean().item()
     deviation = old * running["deviation"] + (1 - old) * seen.std(correction=0).item()
-    kept = _kept(seen, mean, deviation, share=keep_share, seed=int(num_steps))
+    gap = (policy.chosen.sum - policy.rejected.sum).detach()
+    kept = _kept(seen, gap, mean, deviation, share=keep_share, seed=int(num_steps))
     adapted = beta * (1 + beta_scaling * (seen[kept].mean() - mean))
     adapted = adapted.clamp(min=LEAST_BETA)
     loss = torch.where(kept, -F.logsigmoid(adapted * margin), 0.0) * (len(kept) / kept.sum())
@@ -136,20 +141,19 @@ def _of_equal_rank(values: PerPair, others: PerPair) -> PerPair:
 
 
 def _kept(
-    margins: PerPair, mean: float, deviation: float, *, share: float, seed: int
+    margins: PerPair, gaps: PerPair, mean: float, deviation: float, *, share: float, seed: int
 ) -> Bool[Tensor, " pairs"]:
     """Which pairs are drawn, with probability in proportion to a normal density at their margin.
 
     The largest of log-weight + Gumbel noise are such a draw (Efraimidis and Spirakis 2006). Noise goes by the
-    rank of a margin, so that it does not matter how the step was cut and which process holds which pair.
+    rank of a pair's gap between log-probs, so that it does not matter how the step was cut and which process
+    holds which pair. Margins would not do: before step 1 all are 0.
     """
     count = max(int(share * len(margins)), 1)
     uniform = torch.rand(len(margins), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     noise = -torch.log(-torch.log(uniform)).to(margins)
-    away: Float[Tensor, " pairs"] = (
-        (margins - mean) / deviation if deviation > 0 else torch.zeros_like(margins)
-    )
-    rank = margins.argsort(stable=True).argsort()
+    away = (margins - mean) / max(deviation, LEAST_DEVIATION)
+    rank = gaps.argsort(stable=True).argsort()
     keys = noise[rank] - 0.5 * away.square()
     kept = torch.zeros_like(margins, dtype=torch.bool)
     kept[keys.topk(count).indices] = True

@@ -72,6 +72,27 @@ def test_which_pairs_are_kept_does_not_depend_on_their_order() -> None:
     assert torch.equal(kept[shuffled], again)
 
 
+def test_before_the_first_step_which_pairs_are_kept_does_not_depend_on_order_or_rounding() -> None:
+    """The policy is its own reference, but for what two cuts of one step round differently."""
+    loss, generator = build_loss(methods.BetaDPOConfig(keep_share=0.5)), torch.Generator().manual_seed(0)
+    tokens = torch.full((40,), 3)
+    reference = SequenceLogps(-50 * torch.rand(40, generator=generator), tokens)
+
+    def kept(order: torch.Tensor) -> torch.Tensor:
+        sequences = torch.stack([2 * order, 2 * order + 1], 1).flatten()
+        rounding = 1e-5 * torch.randn(40, generator=generator)
+        policy = SequenceLogps((reference.sum + rounding)[sequences], tokens)
+        given = comparison(policy, reference.at(sequences))
+        return loss(given, **step_facts(loss, given)).metrics["kept"]
+
+    shuffled = torch.randperm(20, generator=generator)
+    first = kept(torch.arange(20))
+
+    assert first.sum() == 10
+    assert torch.equal(first, kept(torch.arange(20)))
+    assert torch.equal(first[shuffled], kept(shuffled))
+
+
 def test_a_mixture_logs_its_parts_and_carries_their_numbers() -> None:
     parts = (methods.DPOConfig(beta=0.5), methods.BCOPairConfig(beta=0.5), methods.SFTConfig())
     output = step(methods.MixtureConfig(losses=parts, weights=(0.8, 0.2, 1.0)), [2.0, -4.0])
