@@ -5,7 +5,7 @@ has fewer completions than the longest, `present` is False and the value 0.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fiducial.config.methods import MethodConfig
-from fiducial.logps import Comparison, Completions
+from fiducial.logps import Comparison, Completions, SequenceLogps
 from fiducial.losses.loss import Loss
 from fiducial.losses.output import LossOutput
 
@@ -112,7 +112,7 @@ def tpo_loss(comparison: Comparison, *, beta: float, gold_weight: float) -> Loss
     gold, preferred, worse = (comparison.policy.at(slice(place, None, 3)) for place in range(3))
     preferred_reward, worse_reward = beta * preferred.sum, beta * worse.sum
     loss = -F.logsigmoid(preferred_reward - worse_reward) - gold_weight * gold.mean
-    return LossOutput.of_rewards(loss, preferred_reward, worse_reward)
+    return _beside_gold(LossOutput.of_rewards(loss, preferred_reward, worse_reward), comparison.policy)
 
 
 def tpo_l_loss(
@@ -125,7 +125,16 @@ def tpo_l_loss(
     gold, preferred, worse = (comparison.policy.at(slice(place, None, 3)).mean for place in range(3))
     preferred_reward, worse_reward = beta * preferred, beta * worse
     loss = -F.logsigmoid(preferred_reward - worse_reward - target_margin) - gold_weight * gold
-    return LossOutput.of_rewards(loss, preferred_reward, worse_reward)
+    return _beside_gold(LossOutput.of_rewards(loss, preferred_reward, worse_reward), comparison.policy)
+
+
+def _beside_gold(output: LossOutput, policy: SequenceLogps) -> LossOutput:
+    """`output` with log-probs and lengths of the two completions its rewards compare, and of the gold."""
+    metrics = dict(output.metrics)
+    for place, name in enumerate(("gold", "chosen", "rejected")):
+        one = policy.detach().at(slice(place, None, 3))
+        metrics |= {f"logps/{name}": one.sum, f"lengths/{name}": one.num_tokens}
+    return replace(output, metrics=metrics)
 
 
 def comparing(function: Callable[..., LossOutput]) -> Callable[[MethodConfig], Loss]:

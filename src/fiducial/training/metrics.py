@@ -15,6 +15,9 @@ Names are those the dashboards of other preference trainers already know.
                                 estimate that its loss is told: on mismatched completions, not below zero
     entropy                     of the policy, in nats, a mean over completion tokens; only with log_entropy
     lengths/chosen, /rejected   tokens of the completion
+
+Of a list chosen is the best completion and rejected are all others; with tpo they are the second and the
+third, which it compares, and the first is logps/gold and lengths/gold.
 """
 
 import re

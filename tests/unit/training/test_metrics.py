@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from comparing import comparison
+from fiducial.config.methods import MethodConfig, TPOConfig, TPOLConfig
 from fiducial.logps import UNWEIGHTED, Comparison, SequenceLogps
+from fiducial.losses import build_loss
 from fiducial.losses.output import LossOutput
 from fiducial.training.metrics import METRICS, MetricSums, Stopwatch, peak_memory
 
@@ -79,6 +81,16 @@ def test_no_kl_without_a_reference() -> None:
     sums = MetricSums(CPU)
     sums.add(*one_batch([-1.0, -2.0], None), tokens=3)
     assert set(sums.means()) == set(METRICS) - {"kl"}
+
+
+@pytest.mark.parametrize("method", [TPOConfig(), TPOLConfig()], ids=lambda method: method.name)
+def test_beside_a_gold_completion_chosen_and_rejected_are_those_compared(method: MethodConfig) -> None:
+    given = comparison(SequenceLogps(torch.tensor([-1.0, -4.0, -9.0]), torch.tensor([3, 1, 2])), size=3)
+    sums = MetricSums(CPU)
+    sums.add(given, build_loss(method)(given), tokens=9)
+    means = sums.means()
+    assert (means["logps/gold"], means["logps/chosen"], means["logps/rejected"]) == (-1, -4, -9)
+    assert (means["lengths/gold"], means["lengths/chosen"], means["lengths/rejected"]) == (3, 1, 2)
 
 
 def test_nothing_counted_gives_no_metrics() -> None:
