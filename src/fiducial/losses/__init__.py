@@ -103,9 +103,7 @@ def build_loss(method: MethodConfig) -> Loss:
     Raises:
         ConfigError: a beta of 0 leaves nothing to learn.
     """
-    if isinstance(method, MixtureConfig):
-        return mixture(method, build_loss)
     if method.needs_reference and method.is_constant:
         raise ConfigError("rl_beta: 0 makes the loss constant: nothing is learned. Write 0.1, say.")
-    loss = LOSSES[type(method)](method)
+    loss = mixture(method, build_loss) if isinstance(method, MixtureConfig) else LOSSES[type(method)](method)
     return replace(loss, num_completions=method.num_completions) if method.paired else loss

@@ -36,6 +36,8 @@ class Loss:
     whole_step: bool = False
     num_completions: int | None = None
     """How many completions each group must have, where it is a certain number."""
+    needs_better_first: bool = False
+    """Whether the first completion of each group must have a higher score than the second."""
     trained: Callable[[TokenizedGroup], TokenizedGroup] | None = None
     """The part of a group that the function reads; None is all of it."""
     ahead: Callable[[TokenizedGroup], TokenizedGroup] | None = None

@@ -60,6 +60,7 @@ def pairwise(
             count=count,
             running=running or {},
             statistics=(ON_POLICY,) if modifiers.get("use_weighting") else (),
+            needs_better_first=settings.get("offset_scale") == "log",
             needs_distribution=method.needs_distribution,
             token_weights=token_weights(modifiers.get("ld_alpha")),
         )

@@ -98,7 +98,7 @@ class Objective:
 
         `logged` replaces what the objective logs.
         """
-        self._require_sizes(groups)
+        self._require_comparable(groups)
         batch, weights = self._packed(groups)
         reference, policy = self._score(batch, self._statistics(self.logged if logged is None else logged))
         return Comparison(
@@ -132,7 +132,7 @@ class Objective:
         reference, distribution = self.reference.distribution(batch)
         return reference, self.scorer(batch, statistics, distribution)
 
-    def _require_sizes(self, groups: Groups) -> None:
+    def _require_comparable(self, groups: Groups) -> None:
         """Rows of a stream may differ from those it was judged by."""
         wanted = self.loss.num_completions
         for group in groups:
@@ -140,6 +140,11 @@ class Objective:
                 raise DataError(
                     f"datasets: a row has {len(group.completions)} completions, and the loss compares "
                     f"{wanted}. Leave such rows out, or take rl: plackett_luce, which compares any number."
+                )
+            if self.loss.needs_better_first and not group.scores[0] > group.scores[1]:
+                raise DataError(
+                    "datasets: a row scores its two completions equally, and the loss takes the logarithm of "
+                    "their difference. Leave such rows out, or write odpo_offset: identity."
                 )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fiducial.config import methods
 from fiducial.config.methods import MethodConfig
+from fiducial.data.tokenize import TokenizedGroup
 from fiducial.errors import DataError
 from fiducial.logps import ON_POLICY, Comparison, Completions, SequenceLogps
 from fiducial.losses import build_loss
@@ -18,6 +19,7 @@ from fiducial.reference.sources import NoReference
 from fiducial.training.objective import Objective
 from list_twins import LIST_TWINS
 from tiny import random_groups, tiny_model
+from training_harness import StoredReference
 
 each_twin = pytest.mark.parametrize(
     ("method", "naive", "sizes"), LIST_TWINS, ids=[t[1].__name__ for t in LIST_TWINS]
@@ -159,12 +161,30 @@ def test_nothing_to_compare_is_an_empty_result() -> None:
         assert build_loss(method)(given).loss.shape == (0,)
 
 
-def test_a_group_of_another_size_is_an_error() -> None:
+PAIRS = methods.MixtureConfig(losses=(methods.DPOConfig(), methods.SFTConfig()), weights=(1.0, 1.0))
+
+
+@pytest.mark.parametrize("method", [methods.SimPOConfig(), PAIRS], ids=lambda method: method.name)
+def test_a_group_of_another_size_is_an_error(method: MethodConfig) -> None:
     scorer = Scorer(tiny_model(), layout="packed")
-    objective = Objective(scorer, NoReference(), build_loss(methods.SimPOConfig()))
+    objective = Objective(scorer, NoReference(), build_loss(method))
     objective.compare(random_groups(2))
     with pytest.raises(DataError, match="a row has 3 completions, and the loss compares 2"):
         objective.compare(random_groups(2, completions=3))
+
+
+def test_equal_scores_of_a_streamed_row_are_an_error_where_their_difference_needs_a_logarithm() -> None:
+    scorer, [pair] = Scorer(tiny_model(), layout="packed"), random_groups(1)
+    objectives = [
+        Objective(scorer, StoredReference(scorer, [pair]), build_loss(methods.ODPOConfig(offset_scale=scale)))
+        for scale in ("log", "identity")
+    ]
+    better, equal = (TokenizedGroup(pair.prompt, pair.completions, (2.0, worse)) for worse in (1.0, 2.0))
+    for objective in objectives:
+        objective.compare([better])
+    objectives[1].compare([equal])
+    with pytest.raises(DataError, match=r"scores its two completions equally.*odpo_offset: identity"):
+        objectives[0].compare([equal])
 
 
 def test_wpo_weighs_each_pair_without_gradient() -> None:
