@@ -23,6 +23,7 @@ FULL: dict[str, Any] = {}
 LORA = {"adapter": "lora", "lora_r": 4, "lora_dropout": 0.1, "learning_rate": 1e-2}
 # Ten groups a pass, four a step: a pass ends within a step.
 STREAMED = {"streaming": True, "max_steps": 6, "streaming_multipack_buffer_size": 5}
+CARRYING: dict[str, Any] = {"dpo_loss_type": ["bco_pair", "beta_dpo"], "learning_rate": 1e-2}
 PISSA = LORA | {"peft_init_lora_weights": "pissa", "lora_dropout": 0.0}
 
 
@@ -38,6 +39,7 @@ def settings(folder: Path, **overrides: Any) -> dict[str, Any]:
         *((FULL, stop) for stop in (2, 3, 5)),
         *((LORA, stop) for stop in (1, 4)),
         (PISSA, 2),
+        (CARRYING, 2),
         *((STREAMED, stop) for stop in (1, 2, 5)),
         (LORA | STREAMED, 3),
     ],
