@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from fiducial.config.methods import METHODS, MethodConfig, MixtureConfig
-from fiducial.config.methods.dpo import MODIFIERS
+from fiducial.config.methods.dpo import MODIFIERS, MarginConfig
 from fiducial.logps import Comparison, Completions, SequenceLogps
 from fiducial.loss_table import allowed, default, yaml_key
 from fiducial.losses import LOSSES, Loss, build_loss
@@ -32,7 +32,8 @@ def page() -> str:
     """The whole of docs/losses.md."""
     notes = yaml.safe_load(NOTES.read_text(encoding="utf-8"))
     sections = [_section(method, notes["losses"][_name(method)]) for method in METHODS]
-    return "\n\n".join([notes["head"].strip(), *sections, notes["tail"].strip()]) + "\n"
+    tail = [notes["tail"].strip(), _modifiers(notes["modifiers"])]
+    return "\n\n".join([notes["head"].strip(), *sections, *tail]) + "\n"
 
 
 def plots() -> dict[Path, str]:
@@ -73,6 +74,19 @@ def _hyperparameters(method: type[MethodConfig]) -> list[str]:
         if field != "name" and field not in MODIFIERS
     ]
     return ["", "| key | default | range | |", "|---|---|---|---|", *rows] if rows else []
+
+
+def _modifiers(notes: dict[str, str]) -> str:
+    """A table of what each modifier does and to which losses of the family."""
+    family = [method for method in METHODS if method.family == "dpo"]
+    rows = []
+    for field in MODIFIERS:
+        info = MarginConfig.model_fields[field]
+        having = [_name(method) for method in family if field in method.model_fields]
+        without = [_name(method) for method in family if field not in method.model_fields]
+        where = ", ".join(having) if len(having) < len(without) else f"all but {', '.join(without)}"
+        rows.append(f"| `{yaml_key(field)}` | {allowed(info)} | {notes[field]} | {where} |")
+    return "\n".join(["| key | range | what it changes | where |", "|---|---|---|---|", *rows])
 
 
 def _svg(method: type[MethodConfig]) -> str:
