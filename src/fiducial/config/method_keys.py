@@ -80,7 +80,8 @@ def method(settings: Settings) -> Outcomes:
         yield Put("method.name", losses[0].model_fields["name"].default, "rl")
         yield from (Put(f"method.{field}", value, key) for field, (value, key) in fields.items())
         return
-    yield from _mixture(losses, fields, weights)
+    if name == "dpo" and not any(map(_stands_alone, losses)):  # or that is said already
+        yield from _mixture(losses, fields, weights)
 
 
 def chosen(settings: Settings) -> tuple[type[MethodConfig], ...]:
@@ -128,13 +129,18 @@ def _losses(name: str, settings: Settings) -> Deciding[list[type[MethodConfig]]]
     if len(set(types)) < len(types):
         yield Refuse(own, "names a loss twice; give it one weight in dpo_loss_weights")
         return [RL[name]]
-    alone = [each for each in types if known[each].needs_scores or known[each].needs_distribution]
+    alone = [each for each in types if _stands_alone(known[each])]
     if len(types) > 1 and alone:
         more = "scores" if known[alone[0]].needs_scores else "whole distributions"
         yield Refuse(own, f"{alone[0]} reads {more} and is no part of a weighted sum")
     if len(types) > 1 and name != "dpo":
         yield Refuse(own, "takes one loss; weighted sums are for rl: dpo")
     return [known[each] for each in types]
+
+
+def _stands_alone(loss: type[MethodConfig]) -> bool:
+    """Whether a loss reads more than the log-probs that those of a weighted sum share."""
+    return loss.needs_scores or loss.needs_distribution
 
 
 def _fields(name: str, losses: list[type[MethodConfig]], settings: Settings) -> Deciding[Fields]:

@@ -45,10 +45,12 @@ def unknown_method(name: Any) -> str:
     """What is wrong with a value of `rl` that names no method, and what to write."""
     if name in ONLINE_METHODS:
         return "generates while it trains; Fiducial learns from given preferences: use another tool or dpo"
-    if isinstance(name, str):
-        if (written := ELSEWHERE.get(name.lower().replace("-", "_"))) is not None:
-            return f"write {written}"
-        for family, losses in FAMILIES.items():
-            if name in losses:
-                return f"write rl: {family} and {family}_loss_type: {name}"
+    plain = str(name).lower().replace("-", "_")
+    if plain in RL:
+        return f"write rl: {plain}"
+    if (written := ELSEWHERE.get(plain)) is not None:
+        return f"write {written}"
+    for method in METHODS:
+        if plain in (method.model_fields["name"].default, str(method.loss_type).replace("-", "_")):
+            return f"write {method.written().replace(', ', ' and ')}"
     return f"no such method; write one of {', '.join(RL)}"

@@ -118,6 +118,36 @@ def test_names_of_papers_lead_to_keys_that_exist() -> None:
         assert set(re.findall(r"rl: (\w+)", instead)) <= RL.keys()
 
 
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("KTO", "rl: kto"),
+        ("info-nca", "rl: info_nca"),
+        ("beta-dpo", "rl: dpo and dpo_loss_type: beta_dpo"),
+        ("cpo_hinge", "rl: cpo and cpo_loss_type: hinge"),
+        ("apo_zero_unpaired", "rl: kto and kto_loss_type: apo_zero_unpaired"),
+        ("TPO-L", "rl: tpo and tpo_loss_type: tpo-l"),
+    ],
+)
+def test_a_method_written_otherwise_leads_to_how_it_is_written(name: str, written: str) -> None:
+    with pytest.raises(ConfigError, match=f"rl: {name} — write {written}$"):
+        validate_config({"base_model": "base", "rl": name})
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"rl": "dpo", "dpo_loss_type": ["sigmoid", "odpo"]}, "odpo reads scores"),
+        ({"rl": "dpo", "dpo_loss_type": ["tdpo2", "sigmoid"]}, "tdpo2 reads whole distributions"),
+        ({"rl": "kto", "kto_loss_type": ["kto", "apo_zero_unpaired"]}, "takes one loss"),
+    ],
+)
+def test_losses_that_do_not_add_up_are_told_once(settings: dict[str, Any], why: str) -> None:
+    with pytest.raises(ConfigError, match=why) as caught:
+        validate_config({"base_model": "base", **settings})
+    assert str(caught.value).count("loss_type") == 1
+
+
 def test_every_hyperparameter_is_tried() -> None:
     assert set(VALUES) == {"rl_beta", *HYPERPARAMETERS}
     assert set(LOSSES) == set(METHODS)
