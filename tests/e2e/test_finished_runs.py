@@ -82,6 +82,19 @@ def test_what_the_loss_carried_from_step_to_step_is_evaluated_with(tmp_path: Pat
         assert found["loss"] == pytest.approx(loss, rel=1e-4), folder
 
 
+def test_the_best_weights_are_evaluated_with_what_the_loss_carried_then(tmp_path: Path) -> None:
+    running = {"dpo_loss_type": ["bco_pair", "beta_dpo"], "rl_beta": 0.3, "learning_rate": 1e-2}
+    # The first checkpoint is the best one: margins only grow.
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "rewards/margins"}
+    every = {"save_steps": 1, "eval_steps": 1, "greater_is_better": False}
+    settings = run_config(tmp_path, rows=16, val_set_size=4, **running, **best, **every)
+    result = train(settings, console=QUIET)
+    logged = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    measured = next(line["eval_loss"] for line in logged if "eval_loss" in line and line["step"] == 1)
+    assert result.metrics["eval_loss"] == pytest.approx(measured, rel=1e-4)
+    assert evaluate(settings, console=QUIET)["loss"] == pytest.approx(measured, rel=1e-4)
+
+
 def test_what_was_trained_on_is_not_evaluated_as_held_out(
     finished: Callable[[str], tuple[Path, TrainResult]], tmp_path: Path
 ) -> None:

@@ -192,6 +192,11 @@ class PreferenceTrainer(AdapterTrainer):
         """Of one step's products with weights."""
         return floating_point_ops(inputs, self.objective)
 
+    def _load_best_model(self) -> None:
+        """The weights of the best checkpoint, and with them what the loss carried then."""
+        super()._load_best_model()
+        restore_callbacks([LossMemory(self.objective)], Path(self.state.best_model_checkpoint or ""))
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with self.running.stopwatch.paused():
             if (
