@@ -1,15 +1,27 @@
 """What holds for every row of the table of losses: adding a row tests it."""
 
+import re
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
-from comparing import comparison_for, foreknown
-from fiducial.config.methods import METHODS, DiscoPOPConfig, DPOConfig, MethodConfig
+from comparing import comparison, comparison_for, foreknown
+from fiducial.config.methods import (
+    METHODS,
+    DiscoPOPConfig,
+    DPOConfig,
+    MethodConfig,
+    TPOConfig,
+    TPOLConfig,
+)
 from fiducial.errors import ConfigError
-from fiducial.logps import SequenceLogps
+from fiducial.logps import ON_POLICY, SequenceLogps
 from fiducial.losses import LOSSES, build_loss
 from fiducial.losses.output import LossOutput
+from fiducial.training.metrics import ASKED_FOR, METRICS
 
 TOKENS = torch.tensor([5, 3, 2, 6])
 FOR_PAIRS = [config for config in LOSSES if config.num_completions != 3]  # triples: test_lists.py
@@ -98,6 +110,30 @@ def test_rewards_carry_no_gradient(config: type[MethodConfig]) -> None:
 
     assert not any(values.requires_grad for values in output.metrics.values())
     assert output.loss.requires_grad
+
+
+def test_every_metric_is_explained() -> None:
+    policy = logps(-6.0, -5.0, -4.0, -7.0)
+    modified = DPOConfig(rpo_alpha=1.0, use_weighting=True)
+    statistics = {ON_POLICY: torch.zeros(4)}
+    outputs = [
+        output_of(config, policy, reference_for(config, -6.0, -5.0, -4.0, -7.0)) for config in FOR_PAIRS
+    ]
+    outputs += [
+        output_of(config, SequenceLogps(policy.sum[:3], TOKENS[:3])) for config in (TPOConfig, TPOLConfig)
+    ]
+    outputs.append(
+        build_loss(modified)(
+            comparison(replace(policy, statistics=statistics), logps(-6.0, -5.0, -4.0, -7.0))
+        )
+    )
+    names = {*METRICS, *ASKED_FOR, "loss/<name>"}.union(*(output.metrics for output in outputs))
+
+    page = (Path(__file__).parents[3] / "docs" / "losses.md").read_text(encoding="utf-8")
+
+    explained = re.findall(r"`([^`]+)`", page.partition("## What is logged")[2].partition("\n## ")[0])
+    assert names <= set(explained)
+    assert {"weights", "delta", "kept", "logps/gold", "sequence_kl/chosen"} <= names
 
 
 def test_every_method_has_a_row() -> None:
