@@ -62,7 +62,7 @@ def evaluate_finished(finished: FinishedRun, *, console: Console | None = None) 
     cfg = _with_evaluation_alone(finished.cfg, new_data=finished.new_data)
     console = console or main_console()
     with kept_to_cache(cfg, console):
-        run = replace(read_run(cfg, console), record=finished.record)
+        run = replace(read_run(cfg, console, trains=False), record=finished.record)
         return _evaluate(run, finished.folder)
 
 

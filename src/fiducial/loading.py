@@ -69,8 +69,12 @@ class Policy:
     micro_batch_tokens: int
 
 
-def read_run(cfg: RunConfig | Mapping[str, Any], console: Console | None = None) -> Run:
+def read_run(
+    cfg: RunConfig | Mapping[str, Any], console: Console | None = None, *, trains: bool = True
+) -> Run:
     """Check, plan, and read the data; every mistake that needs no weights is found here.
+
+    Data that only evaluates need not be what a method can learn from.
 
     Raises:
         FiducialError: the config, the plan, a checkpoint's files, or the data are wrong.
@@ -84,7 +88,11 @@ def read_run(cfg: RunConfig | Mapping[str, Any], console: Console | None = None)
     assert checked.method is not None, "required"
     assert checked.data is not None, "required"
     data = fit_to_method(
-        data, checked.method, seed=checked.optimization.seed, sequence_len=checked.data.sequence_len
+        data,
+        checked.method,
+        seed=checked.optimization.seed,
+        sequence_len=checked.data.sequence_len,
+        trains=trains,
     )
     return Run(checked, facts, plan, tokenizer, data, console or main_console())
 

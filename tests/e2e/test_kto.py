@@ -104,6 +104,19 @@ def labelled(folder: Path, labels: list[bool], **more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
+def test_labels_of_one_kind_can_be_evaluated(tmp_path: Path, loss_type: str) -> None:
+    held_out = write_labelled(tmp_path / "held-out.jsonl", 4 * [True])
+    tests = {"kto_loss_type": loss_type, "test_datasets": [{"path": str(held_out)}]}
+    config = labelled(tmp_path, 4 * [True, False], **tests)
+
+    result = train(config)
+
+    again = evaluate(config)
+    assert again["loss"] == pytest.approx(result.metrics["eval_loss"], rel=1e-4)
+    assert "rewards/rejected" not in again
+
+
+@pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
 def test_steps_of_one_completion(tmp_path: Path, loss_type: str) -> None:
     config = labelled(tmp_path, 3 * [True, False], micro_batch_size=1, kto_loss_type=loss_type)
 

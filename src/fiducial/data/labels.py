@@ -24,8 +24,10 @@ ADVISED = (1.0, 4 / 3)
 """λ_D n_D / (λ_U n_U), Ethayarajh et al. 2024, https://arxiv.org/abs/2402.01306, eq. 9."""
 
 
-def fit_to_method(data: PreparedData, method: MethodConfig, *, seed: int, sequence_len: int) -> PreparedData:
-    """The data in the form `method` learns from.
+def fit_to_method(
+    data: PreparedData, method: MethodConfig, *, seed: int, sequence_len: int, trains: bool = True
+) -> PreparedData:
+    """The data in the form `method` learns from; what only training asks of it is asked if it `trains`.
 
     Raises:
         ConfigError: streamed data that would have to be known as a whole.
@@ -39,7 +41,7 @@ def fit_to_method(data: PreparedData, method: MethodConfig, *, seed: int, sequen
         return _fit_stream(data, method)
     train = unpair(data.train)
     evaluation = None if data.evaluation is None else unpair(data.evaluation)
-    audit = _account(data, train, evaluation, method)
+    audit = _account(data, train, evaluation, method, trains=trains)
     if method.mismatched:
         train = add_mismatched(train, seed=seed, sequence_len=sequence_len, where="datasets")
         if evaluation is not None:
@@ -49,12 +51,19 @@ def fit_to_method(data: PreparedData, method: MethodConfig, *, seed: int, sequen
 
 
 def _account(
-    data: PreparedData, train: TokenizedDataset, evaluation: TokenizedDataset | None, method: MethodConfig
+    data: PreparedData,
+    train: TokenizedDataset,
+    evaluation: TokenizedDataset | None,
+    method: MethodConfig,
+    *,
+    trains: bool,
 ) -> Audit:
     """The data's account with its labels counted; raises `DataError` where one kind is missing."""
     desirable, undesirable = count_labels(train)
-    _require_both(desirable, undesirable, method)
-    notes = [*data.audit.notes, *_weights_note(desirable, undesirable, method)]
+    notes = list(data.audit.notes)
+    if trains:
+        _require_both(desirable, undesirable, method)
+        notes += _weights_note(desirable, undesirable, method)
     if pairs := len(train) - len(data.train):
         notes.append(f"{pairs} pairs are taken apart: a desirable and an undesirable completion each")
     labels = {"train": (desirable, undesirable)}
