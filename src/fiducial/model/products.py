@@ -55,12 +55,13 @@ def write_product(out: Float[Tensor, "m n"], left: Float[Tensor, "m k"], right: 
         out.copy_(product(left, right))
 
 
-def fast_products() -> AbstractContextManager[object]:
-    """Inside, linear layers multiply as `product` does, forward and backward.
+def fast_products(device: str) -> AbstractContextManager[object]:
+    """Inside, linear layers of a model on a `device` of this type multiply as `product` does, both ways.
 
-    Not for layers that backward will run again, outside: both times they must keep the same tensors.
+    Not for layers that backward will run again, outside: both times they must keep the same tensors. Not for
+    a GPU either, which would wait for a look at every call.
     """
-    return _FastLinear() if torch_is_slow() else nullcontext()
+    return _FastLinear() if device == "cpu" and torch_is_slow() else nullcontext()
 
 
 @cache

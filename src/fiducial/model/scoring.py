@@ -111,7 +111,7 @@ class Scorer:
 
     def _run(self, batch: PackedBatch, run: Callable[[Callable[..., Any]], Tensor]) -> Tensor:
         device = batch.input_ids.device.type
-        products = nullcontext() if _will_recompute(self._inner) else fast_products()
+        products = nullcontext() if _will_recompute(self._inner) else fast_products(device)
         with torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None), products:
             return call_inside(self.module, self._inner, run, input_ids=batch.input_ids)
 

@@ -101,7 +101,7 @@ def test_linear_layers_in_value_and_gradient(
         out = layer(inputs)
         return [out, *torch.autograd.grad(out.square().sum(), [inputs, *layer.parameters()])]
 
-    with products.fast_products():
+    with products.fast_products("cpu"):
         fast = run(layer, inputs)
     assert len(calls) == 3, "forward, gradient of the inputs, gradient of the weight"
     exact = run(layer.double(), inputs.double())
@@ -114,7 +114,7 @@ def test_a_gradient_is_made_only_where_it_is_wanted(calls: list[tuple[int, ...]]
     frozen, inputs = nn.Linear(16, 24).requires_grad_(False), torch.randn(5, 16, requires_grad=True)
     kept: list[Tensor] = []
     with (
-        products.fast_products(),
+        products.fast_products("cpu"),
         torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
     ):
         frozen(inputs).sum().backward()
@@ -135,11 +135,17 @@ def test_what_stays_with_torch(
     if given == "subclass":
         inputs = inputs.as_subclass(type("Sharded", (Tensor,), {}))
     with (
-        products.fast_products(),
+        products.fast_products("cpu"),
         torch.autocast("cpu", dtype=torch.bfloat16, enabled=given == "autocast"),
     ):
         layer(inputs)
     assert calls == []
+
+
+@pytest.mark.usefixtures("calls")
+@pytest.mark.parametrize(("device", "watched"), [("cpu", True), ("cuda", False)])
+def test_only_a_cpus_calls_are_looked_at(device: str, watched: bool) -> None:
+    assert isinstance(products.fast_products(device), products._FastLinear) == watched
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
