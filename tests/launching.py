@@ -49,6 +49,14 @@ def two_processes(script: Path, *arguments: str, timeout: int = 600) -> None:
             assert process.exitcode == 0, (Path(folder) / f"{rank}.err").read_text()[-3000:]
 
 
+def one_process(script: Path, *arguments: str, timeout: int = 600) -> None:
+    """Run `script` as torchrun starts a single process, and wait for it."""
+    with tempfile.TemporaryDirectory() as folder:
+        (process,) = processes = _start(script, arguments, Path(folder), number=1)
+        _wait(processes, timeout)
+        assert process.exitcode == 0, (Path(folder) / "0.err").read_text()[-3000:]
+
+
 def torchrun(
     script: Path, *arguments: str, timeout: int = 600, environment: Mapping[str, str] | None = None
 ) -> None:
@@ -71,18 +79,18 @@ def torchrun(
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def _start(script: Path, arguments: tuple[str, ...], folder: Path) -> list[BaseProcess]:
-    """Two processes with the variables that torchrun sets; rank 0 says what it says in `folder`/0.out."""
+def _start(script: Path, arguments: tuple[str, ...], folder: Path, number: int = 2) -> list[BaseProcess]:
+    """Processes with the variables that torchrun sets; rank 0 says what it says in `folder`/0.out."""
     shared = {
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
+        "WORLD_SIZE": str(number),
+        "LOCAL_WORLD_SIZE": str(number),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": "1",
     }
     return [
         fork_script(script, arguments, shared | {"RANK": rank, "LOCAL_RANK": rank}, folder / rank)
-        for rank in ("0", "1")
+        for rank in map(str, range(number))
     ]
 
 

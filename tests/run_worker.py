@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from transformers import TrainerCallback
 
 from fiducial import assembly
@@ -43,6 +43,9 @@ class ShardedTrainer(PreferenceTrainer):
         if self.args.fsdp:
             state = self.accelerator.state
             state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            if isinstance(state.fsdp_plugin.cpu_offload, CPUOffloadPolicy):
+                # Memory is pinned for a GPU to copy from.
+                state.fsdp_plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)
             # Both, as accelerate does on a GPU: each new AcceleratorState takes it from PartialState.
             state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
             self.is_fsdp_enabled = True

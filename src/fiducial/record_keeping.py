@@ -83,7 +83,7 @@ def answers(proof: Proof, groups: Sequence[TokenizedGroup]) -> Answers:
 
 def _decided(cfg: RunConfig, policy: Policy) -> RunConfig:
     """The configuration with the precision that `auto` came to on this machine."""
-    precision = resolve_precision(cfg, policy.model.device)
+    precision = resolve_precision(cfg, policy.scorer.device)
     names = {
         "dtype": str(precision.weights).removeprefix("torch."),
         "autocast": None if precision.autocast is None else str(precision.autocast).removeprefix("torch."),

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fiducial.run_report import PLAN_FILE
 from fiducial.train import train
 from fiducial.training.callbacks import read_metrics_lines
-from launching import two_processes
+from launching import one_process, two_processes
 from run_configs import run_config
 from tiny import save_adapter, save_checkpoint
 
@@ -26,6 +26,8 @@ SHARDED = {"fsdp_version": 2, "fsdp_config": {"state_dict_type": "SHARDED_STATE_
 LIVE = {"reference": {"schedule": "live"}}
 SYNCED = {"schedule": "synced", "sync_steps": 2}
 OFFLOADED = {"model": "other", "offload": "disk"}
+OFFLOADED_POLICY = "sharded adapter, its weights offloaded, live"
+WEIGHTS_OFFLOADED = {"fsdp_config": {"offload_params": True}}
 STREAMED = {"streaming": True, "streaming_multipack_buffer_size": 5, "max_steps": 6}
 KINDS: dict[str, dict[str, Any]] = {
     "replicated": {"learning_rate": 1e-3},
@@ -42,6 +44,7 @@ REFERENCES: dict[str, dict[str, Any]] = {
     "sharded, synced": {"reference": SYNCED | {"mixup_alpha": 0.25}},
     "sharded adapter, named": LORA | {"reference": {"adapter": "start", "schedule": "live"}},
     "sharded adapter, named, streamed": LORA | STREAMED | {"reference": {"adapter": "start"}},
+    OFFLOADED_POLICY: LORA | LIVE | WEIGHTS_OFFLOADED,
     "sharded, offloaded": {"reference": OFFLOADED},
     "sharded, offloaded, live": {"reference": OFFLOADED | {"schedule": "live"}},
     "sharded, offloaded, streamed": STREAMED | {"reference": OFFLOADED},
@@ -123,10 +126,25 @@ def test_a_sharded_run_leaves_the_whole_model_of_one_process(together: Path, kin
         assert math.isclose(ours, theirs, rel_tol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["sharded adapter, live reference", "sharded adapter, named", "sharded"])
+@pytest.mark.parametrize(
+    "kind", ["sharded adapter, live reference", "sharded adapter, named", OFFLOADED_POLICY, "sharded"]
+)
 def test_an_adapters_layers_are_gathered_once_for_its_live_reference(together: Path, kind: str) -> None:
     plan = json.loads((together / kind / "whole" / PLAN_FILE).read_text(encoding="utf-8"))["reference"]
     assert plan["gathered_once"] == ("adapter" in kind)
+
+
+def test_one_process_may_offload_its_weights(together: Path) -> None:
+    run = settings(together, OFFLOADED_POLICY, "one process", micro_batch_size=4)
+    runs = together / "one.json"
+    runs.write_text(json.dumps([{"settings": run, "stop_after": None}]), encoding="utf-8")
+    one_process(WORKER, str(runs))
+    found, expected = (together / OFFLOADED_POLICY / name for name in ("one process", "whole"))
+    assert furthest(weights(found), weights(expected)) < 1e-5
+    for (_, ours), (_, theirs) in zip(losses(found), losses(expected), strict=True):
+        assert math.isclose(ours, theirs, rel_tol=1e-4)
+    plan = json.loads((found / PLAN_FILE).read_text(encoding="utf-8"))["reference"]
+    assert plan["gathered_once"]
 
 
 @pytest.mark.parametrize("kind", ["sharded adapter, named, streamed", "sharded, offloaded, live"])

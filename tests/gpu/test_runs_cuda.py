@@ -13,8 +13,10 @@ from rich.console import Console
 
 from fiducial.errors import ModelError, TrainingError
 from fiducial.reference.approximation import LARGEST_MEAN
+from fiducial.run_report import PLAN_FILE
 from fiducial.train import TrainResult, train
 from fiducial.training.callbacks import Interrupted, read_metrics_lines
+from launching import free_port
 from quantised import HELD, save_checkpoints, short_run
 from resuming import interrupt_after
 from run_configs import run_config, write_labelled
@@ -169,6 +171,20 @@ def test_a_reference_held_elsewhere_is_the_same(
     assert proof["max_difference"] <= 1e-4
     # Another device sums in another order, and that is measured.
     assert (proof["approximation"] is None) == ("offload" in reference)
+
+
+def test_weights_may_wait_in_the_cpus_memory(tmp_path: Path) -> None:
+    keys = EXACT | LORA | {"max_steps": 3, "lora_target_linear": True, "reference": {"schedule": "live"}}
+    here = run_config(tmp_path, **keys)
+    offloaded = {"fsdp_version": 2, "fsdp_config": {"offload_params": True}}
+    away = here | offloaded | {"output_dir": str(tmp_path / "away")}
+    (tmp_path / "runs.json").write_text(json.dumps([away]), encoding="utf-8")
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    one = dict.fromkeys(("RANK", "LOCAL_RANK"), "0") | dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), "1")
+    run_alone(tmp_path / "runs.json", **place, **one)
+    assert losses(tmp_path / "away") == pytest.approx(losses(quietly(here).output_dir), rel=1e-4)
+    plan = json.loads((tmp_path / "away" / PLAN_FILE).read_text(encoding="utf-8"))
+    assert plan["reference"]["gathered_once"]
 
 
 @pytest.mark.parametrize("schedule", ["live", "precomputed"])

@@ -46,6 +46,8 @@ class Scorer:
         self.autocast = autocast
         self.module: nn.Module = model
         """What is called: the model, or what DDP or FSDP wrapped it in."""
+        self.device: torch.device = model.device
+        """Where it computes. Weights that FSDP2 offloads are in the CPU's memory between a layer's turns."""
         self._inner = causal_lm(model)
         self._stock_attention = stock_attention(self._inner)
         self._rule: LogitRule | None = None
@@ -53,7 +55,7 @@ class Scorer:
         self._by_carrier = False
         if layout == "packed":
             register()
-        if model.device.type == "cpu":
+        if self.device.type == "cpu":
             bound_onednn_caches()
 
     def pack(self, groups: Sequence[TokenizedGroup]) -> PackedBatch:
@@ -86,7 +88,7 @@ class Scorer:
         set_attention(self._inner, self._stock_attention)
 
     def _score(self, batch: PackedBatch, begin: Callable[[], Readout]) -> tuple[TokenLogps, Readout]:
-        batch = batch.to(self.model.device)
+        batch = batch.to(self.device)
         if not self._measured:
             self._measure_head(batch)
         with self._attention(self._implementation(batch)):

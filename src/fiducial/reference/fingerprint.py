@@ -134,6 +134,6 @@ def _numeric_settings(model: nn.Module, adapter: str | None) -> dict[str, Any]:
 def _matmul(scorer: Scorer) -> str:
     """Only float32 products can be made in a shorter format, and only on a GPU."""
     full = scorer.autocast is None and scorer.model.dtype == torch.float32
-    if not full or scorer.model.device.type != "cuda":
+    if not full or scorer.device.type != "cuda":
         return "ieee"
     return "tf32" if torch.get_float32_matmul_precision() != "highest" else "ieee"

@@ -73,7 +73,7 @@ def same_arithmetic(policy: Scorer, reference: Reference) -> bool:
         case Precomputed(same_arithmetic=alike):
             return alike
         case SeparateModel(scorer=second):
-            alike = second.layout == policy.layout and second.model.device == policy.model.device
+            alike = second.layout == policy.layout and second.device == policy.device
             # With an adapter the second model has it merged in, or starts from weights that were split.
             return alike and not isinstance(policy.model, PeftModel)
         case AdapterOff():

@@ -137,7 +137,7 @@ def _why_not(joint: OnePass, groups: Sequence[TokenizedGroup], tolerance: float)
         return "there are not so many, one after another"
     if joint.scorer.layout != joint.policy.layout:
         return f"rows are {joint.policy.layout} for one and {joint.scorer.layout} for the other"
-    batch = joint.policy.pack(groups).to(joint.policy.model.device)
+    batch = joint.policy.pack(groups).to(joint.policy.device)
     alone = joint.token_logps(batch)  # first: a scorer's first call also measures its head
     try:
         with torch.enable_grad(), joint.watched(batch, traced=True) as (trunk, answer):

@@ -169,12 +169,20 @@ def _distribution(cfg: RunConfig) -> dict[str, Any]:
         "fsdp_config": _fsdp_config(options.fsdp_config) if options.fsdp_version is not None else None,
         # Without a GPU several processes find each other only if told that this is meant.
         "use_cpu": not torch.accelerator.is_available(),
+        # Gradients of offloaded weights are clipped on the CPU, where NCCL adds up nothing.
+        "ddp_backend": "cuda:nccl,cpu:gloo" if _offloads(cfg) and torch.cuda.is_available() else None,
         "ddp_timeout": options.ddp_timeout,
         "ddp_bucket_cap_mb": options.ddp_bucket_cap_mb,
         # Every pass of every process uses every trained weight; looking for unused ones costs time.
         "ddp_find_unused_parameters": False,
         "ddp_broadcast_buffers": options.ddp_broadcast_buffers,
     }
+
+
+def _offloads(cfg: RunConfig) -> bool:
+    """Whether FSDP2 keeps the weights in the CPU's memory between layers' turns."""
+    options = cfg.distributed.fsdp_config or {}
+    return cfg.distributed.fsdp_version is not None and bool(options.get("offload_params"))
 
 
 def _fsdp_config(options: dict[str, Any] | None) -> dict[str, Any]:
@@ -245,8 +253,18 @@ def _check_launch(cfg: RunConfig) -> None:
             "fsdp_version: there is no GPU, and on a CPU accelerate would replicate the model instead of "
             "sharding it, without a word. Remove it."
         )
-    if world_size() == 1:
-        raise ConfigError("fsdp_version: one process has nothing to shard between. Launch with torchrun.")
+    if world_size() > 1:
+        return
+    if not _offloads(cfg):
+        raise ConfigError(
+            "fsdp_version: one process has nothing to shard between. Launch with torchrun, or keep the "
+            "weights in the CPU's memory with fsdp_config: {offload_params: true}."
+        )
+    if "LOCAL_RANK" not in os.environ:
+        raise ConfigError(
+            "fsdp_config: offload_params needs torchrun, for one process too: "
+            "torchrun --nproc-per-node 1 -m fiducial train run.yaml."
+        )
 
 
 def _launched(kind: str) -> bool:

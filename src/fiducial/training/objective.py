@@ -85,7 +85,7 @@ class Objective:
         if self.loss.foreknow is not None:
             known |= self.loss.foreknow(Comparison.concatenate(gather_comparisons(ahead)[0]))
         if self.loss.count is not None:
-            known["mean_count"] = gather_mean(counts, self.scorer.model.device)
+            known["mean_count"] = gather_mean(counts, self.scorer.device)
         return known
 
     def counts(self, passes: Sequence[Groups]) -> list[int]:
@@ -116,7 +116,7 @@ class Objective:
 
     def _packed(self, groups: Groups) -> tuple[PackedBatch, Tensor | None]:
         """The groups on the model's device, and what the loss weighs their tokens by."""
-        batch = self.scorer.pack(groups).to(self.scorer.model.device)
+        batch = self.scorer.pack(groups).to(self.scorer.device)
         return batch, None if self.loss.token_weights is None else self.loss.token_weights(batch)
 
     def _statistics(self, logged: tuple[str, ...]) -> tuple[str, ...]:
@@ -186,7 +186,7 @@ class Step:
         parts: list[Comparison] = []
         with torch.no_grad():
             for each in self.passes:
-                self._replays.append(Replay.from_here(self.objective.scorer.model.device))
+                self._replays.append(Replay.from_here(self.objective.scorer.device))
                 parts.append(self.objective.compare(each))
         everyone, own = gather_comparisons(parts)
         self._weighed = weigh(everyone, self._loss)[own]

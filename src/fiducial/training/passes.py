@@ -32,7 +32,7 @@ def cut_step(groups: Sequence[TokenizedGroup], objective: Objective, budget: int
     """Passes of at most `budget` tokens over what `objective` scores of `groups`."""
     trained, ahead = _cut(groups, objective, budget)
     own = [len(groups), max(len(trained), 1), len(ahead)]
-    everyone = gather_numbers(own, objective.scorer.model.device)
+    everyone = gather_numbers(own, objective.scorer.device)
     num_groups, _, _ = (sum(column) for column in zip(*everyone, strict=True))
     _, most_trained, most_ahead = (max(column) for column in zip(*everyone, strict=True))
     return Passes(_filled(trained, most_trained), _filled(ahead, most_ahead), num_groups)

@@ -364,3 +364,26 @@ def test_kernels_for_new_shapes_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(os, "environ", {"LRU_CACHE_CAPACITY": "7"})
     Scorer(tiny_model("llama"), layout="packed")
     assert os.environ == {"LRU_CACHE_CAPACITY": "7", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32"}
+
+
+def test_weights_may_be_elsewhere_between_calls() -> None:
+    """As FSDP2 offloads them: they are where the model computes only while it is called."""
+    groups = random_groups(3)
+    expected = Scorer(tiny_model(), layout="packed")
+    scorer = Scorer(model := tiny_model(), layout="packed")
+    held = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+    ]
+
+    def put(where: str) -> None:
+        for module, name, parameter in held:
+            setattr(module, name, nn.Parameter(parameter.detach().to(where)))
+
+    model.register_forward_pre_hook(lambda *_: put("cpu"))
+    model.register_forward_hook(lambda *_: put("meta"))
+    put("meta")
+    values = scorer(scorer.pack(groups)).values
+    assert model.device.type == "meta"
+    assert torch.equal(values, expected(expected.pack(groups)).values)

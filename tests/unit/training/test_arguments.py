@@ -7,7 +7,7 @@ from transformers.trainer_utils import SchedulerType
 
 from fiducial.config.load import validate_config
 from fiducial.errors import ConfigError
-from fiducial.training.arguments import setting_callbacks, training_arguments
+from fiducial.training.arguments import check_settings, setting_callbacks, training_arguments
 
 BASE = {"base_model": "m", "rl": "dpo", "datasets": [{"path": "d.jsonl"}], "output_dir": "unused-out"}
 HELD_OUT = {"val_set_size": 0.1}
@@ -170,3 +170,16 @@ def test_fsdp_settings_reach_transformers(monkeypatch: pytest.MonkeyPatch) -> No
     settings = _distribution(cfg)
     assert settings["fsdp"] is True
     assert settings["fsdp_config"] == {"version": 2, "cpu_offload": True, "reshard_after_forward": True}
+    assert settings["ddp_backend"] == "cuda:nccl,cpu:gloo"
+
+
+def test_one_process_may_offload_but_has_nothing_to_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    sharded: dict[str, Any] = BASE | {"fsdp_version": 2}
+    with pytest.raises(ConfigError, match=r"nothing to shard between.*offload_params: true"):
+        check_settings(validate_config(sharded))
+    offloaded = validate_config(sharded | {"fsdp_config": {"offload_params": True}})
+    with pytest.raises(ConfigError, match="torchrun --nproc-per-node 1"):
+        check_settings(offloaded)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    check_settings(offloaded)

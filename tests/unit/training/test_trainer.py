@@ -161,7 +161,7 @@ class OutOfMemoryAbove:
 
     def __init__(self, scorer, limit: int) -> None:
         self.scorer, self.limit, self.passes = scorer, limit, []
-        self.layout, self.model = scorer.layout, scorer.model
+        self.layout, self.model, self.device = scorer.layout, scorer.model, scorer.device
 
     def pack(self, groups):
         return self.scorer.pack(groups)
