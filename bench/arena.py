@@ -5,7 +5,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import import_module
@@ -23,6 +23,7 @@ from bench.measure import machine, matrix_rates, versions
 from bench.methods import METHODS
 from bench.shapes import Cost, config, cost, save_checkpoint
 from bench.workload import Workload, padded_tokens, real_tokens, statistics, waste
+from fiducial.loading import free_memory
 
 HERE = Path(__file__).resolve().parent
 CONSOLE = Console(width=110)
@@ -77,41 +78,91 @@ def compare(setting: Setting, contestants: Sequence[Contestant]) -> dict[str, An
         DisagreementError: in float32, a step's loss, rewards or log-probs differ from those of TRL's default.
         FailedError: a contestant's program did not come to its end.
     """
-    workload = setting.workload
-    measure = _measure if setting.isolated else _run_here
-    with tempfile.TemporaryDirectory() as folder:
-        job = prepare(setting, Path(folder))
-        results, sizes = {}, {}
-        for each in contestants:
-            results[each.name], sizes[each.name] = _fitting(partial(measure, each), job)
+    *_, comparison = grow(setting, contestants)
+    results = {name: Result(**raw) for name, raw in comparison["raw"].items()}
     expected = results.get(TRL_DEFAULT.name)
     if setting.precision == "float32" and expected is not None:
         compared = (*COMPARED, *(LOGPS if METHODS[setting.method].reference else ()))
         for name, result in results.items():
             agree(name, result, expected, compared)
+    return comparison
+
+
+def grow(
+    setting: Setting,
+    contestants: Sequence[Contestant],
+    *,
+    earlier: Mapping[str, Any] | None = None,
+    failed: Callable[[FailedError], None] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """The comparison as it stands whenever another of `contestants` has come to its end.
+
+    Args:
+        setting: What is the same for all of them.
+        contestants: In the order of the table.
+        earlier: A comparison that broke off. Who ran on these very examples does not run again.
+        failed: Is told who did not come to its end, and the others go on.
+
+    Raises:
+        FailedError: a contestant's program did not come to its end, and nobody is told.
+    """
+    workload = setting.workload
+    measure = _measure if setting.isolated else _run_here
+    results, sizes = _known(earlier, workload)
     products = cost(config(setting.shape, longest=workload.max_length))
     rates = _machine_rates(products, setting)
-    return {
-        "method": setting.method,
-        "data": workload.name,
-        "unit": workload.unit,
-        "precision": setting.precision,
-        "batch_size": workload.batch_size,
-        "micro_batch_sizes": {
-            each.name: sizes[each.name] for each in contestants if each.program != FIDUCIAL.program
-        },
-        "max_length": workload.max_length,
-        "examples": statistics(workload.measured)
-        | {"padded_tokens": padded_tokens(workload.measured, workload.batch_size)},
-        "waste": waste(workload.measured, workload.batch_size),
-        "population": workload.population,
-        "matrix_rate": rates["fastest"],
-        "torch_matrix_rate": rates["torch"],
-        "contestants": {
-            name: figures(result, workload, products, rates["fastest"]) for name, result in results.items()
-        },
-        "raw": {name: asdict(result) for name, result in results.items()},
-    }
+    with tempfile.TemporaryDirectory() as folder:
+        job = prepare(setting, Path(folder))
+        for contestant in contestants:
+            if contestant.name in results:
+                continue
+            try:
+                found, sizes[contestant.name] = _fitting(partial(measure, contestant), job)
+            except FailedError as error:
+                if failed is None:
+                    raise
+                failed(error)
+                continue
+            results[contestant.name] = found
+            finished = [each for each in contestants if each.name in results]
+            yield {
+                "method": setting.method,
+                "data": workload.name,
+                "unit": workload.unit,
+                "precision": setting.precision,
+                "batch_size": workload.batch_size,
+                "micro_batch_sizes": {
+                    each.name: sizes[each.name] for each in finished if each.program != FIDUCIAL.program
+                },
+                "max_length": workload.max_length,
+                "examples": _examples(workload),
+                "waste": waste(workload.measured, workload.batch_size),
+                "population": workload.population,
+                "matrix_rate": rates["fastest"],
+                "torch_matrix_rate": rates["torch"],
+                "contestants": {
+                    each.name: figures(results[each.name], workload, products, rates["fastest"])
+                    for each in finished
+                },
+                "raw": {each.name: asdict(results[each.name]) for each in finished},
+            }
+
+
+def finished_in(earlier: Mapping[str, Any] | None, workload: Workload) -> set[str]:
+    """Names of the contestants that ran on `workload`."""
+    return set(_known(earlier, workload)[0])
+
+
+def _known(earlier: Mapping[str, Any] | None, workload: Workload) -> tuple[dict[str, Result], dict[str, int]]:
+    """What `earlier` holds of `workload`: results, and the examples in a forward pass of TRL."""
+    if earlier is None or earlier["examples"] != _examples(workload):
+        return {}, {}
+    return {name: Result(**raw) for name, raw in earlier["raw"].items()}, dict(earlier["micro_batch_sizes"])
+
+
+def _examples(workload: Workload) -> dict[str, float]:
+    facts = statistics(workload.measured)
+    return facts | {"padded_tokens": padded_tokens(workload.measured, workload.batch_size)}
 
 
 def prepare(setting: Setting, folder: Path) -> Job:
@@ -119,6 +170,7 @@ def prepare(setting: Setting, folder: Path) -> Job:
     disable_progress_bar()
     device = torch.device("cuda" if setting.cuda else "cpu")
     save_checkpoint(setting.shape, folder / "checkpoint", longest=setting.workload.max_length, device=device)
+    free_memory()  # contestants, in processes of their own, are to have the whole GPU
     setting.workload.save(folder / "workload.json")
     return Job(
         checkpoint=str(folder / "checkpoint"),
@@ -180,13 +232,15 @@ def _told(contestant: Contestant, job: Job) -> Job:
 def _machine_rates(products: Cost, setting: Setting) -> dict[str, float]:
     """The machine's FLOP/s on the products of the workload's average step."""
     facts, batch_size = statistics(setting.workload.measured), setting.workload.batch_size
-    return matrix_rates(
+    rates = matrix_rates(
         products,
         body_tokens=round(facts["shared_tokens"] * batch_size),
         scored_tokens=round(facts["scored_tokens"] * batch_size),
         dtype=getattr(torch, setting.precision),
         device=torch.device("cuda" if setting.cuda else "cpu"),
     )
+    free_memory()
+    return rates
 
 
 def figures(result: Result, workload: Workload, products: Cost, rate: float) -> dict[str, float]:

@@ -1,27 +1,32 @@
 """Fiducial against TRL's DPOTrainer on one GPU: a 1B-shaped Llama in bfloat16, generated pairs, no network.
 
     python bench/cuda.py                    # both kinds of pairs; writes bench/results/cuda.json
+    python bench/cuda.py --only-missing     # goes on where it was cut off
     python bench/cuda.py --data hh --steps 5
+    python bench/cuda.py --quick            # shows that it runs, on a CPU too
 
 Contestants: TRL with its live reference, TRL with precomputed log-probs, the same with flash attention where
 flash-attn is installed, Fiducial's packed path, and the same with Liger's kernels where those are installed.
-TRL takes a step in the largest
-micro-batches that fit in memory. Peak memory is the CUDA allocator's; the matrix rate is the GPU's own on
-the products of the same step.
+TRL takes a step in the largest micro-batches that fit in memory. Peak memory is the CUDA allocator's; the
+matrix rate is the GPU's own on the products of the same step.
 
-Exit code 3: there is no CUDA device, and nothing was measured.
+What is measured is written when a contestant has finished: cut off at any time, the file holds all that have.
+One that fails is told, and the others go on. Exit code 1: one has failed. Exit code 3: there is no CUDA
+device, and nothing was measured.
 """
 
 import argparse
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 if __name__ == "__main__":  # run as a file: beside it, torch's own `import cuda` would find this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
+from transformers.utils import is_flash_attn_2_available
 
 from bench.arena import (
     CONSOLE,
@@ -31,12 +36,14 @@ from bench.arena import (
     TRL_DEFAULT,
     TRL_FLASH,
     TRL_PRECOMPUTED,
+    Contestant,
+    FailedError,
     Setting,
-    compare,
-    report,
+    finished_in,
+    grow,
     table,
-    write,
 )
+from bench.results import Results
 from bench.shapes import SHAPES
 from bench.workload import make
 
@@ -47,18 +54,50 @@ MICRO_BATCH_SIZE = {"long": 2, "hh": 8}
 
 
 def main(arguments: list[str]) -> int:
-    """Measure, print, write; `NO_DEVICE` without a GPU."""
+    """Measure, print, write; `NO_DEVICE` without a GPU, 1 if a contestant failed."""
     options = _options(arguments)
-    if not torch.cuda.is_available():
+    if not (options.quick or torch.cuda.is_available()):
         CONSOLE.print("bench/cuda.py needs a CUDA device and torch built for it; nothing was measured.")
         return NO_DEVICE
+    results = Results(options.output, ["python", "bench/cuda.py", *arguments], options.shape)
+    failures: list[FailedError] = []
+    for setting in _settings(options):
+        _measure(setting, results, failures, only_missing=options.only_missing)
+    return int(bool(failures))
+
+
+def _measure(setting: Setting, results: Results, failures: list[FailedError], *, only_missing: bool) -> None:
+    """Every contestant on one data set, each written as soon as it has finished."""
+    workload, contestants = setting.workload, _contestants()
+    key = {"method": setting.method, "data": workload.name, "precision": setting.precision}
+    earlier = results.held(**key, batch_size=workload.batch_size) if only_missing else None
+    CONSOLE.print(f"{setting.method} on {workload.name}, {setting.precision}")
+    if finished_in(earlier, workload) >= {each.name for each in contestants}:
+        CONSOLE.print("measured already")
+        return
+
+    def failed(error: FailedError) -> None:
+        CONSOLE.print(f"[red]{error}[/red]", highlight=False)
+        failures.append(error)
+
+    for comparison in grow(setting, contestants, earlier=earlier, failed=failed):
+        CONSOLE.print(table(comparison))
+        results.add(comparison)
+
+
+def _contestants() -> list[Contestant]:
+    """Those that can run here."""
     contestants = [TRL_DEFAULT, TRL_PRECOMPUTED]
-    if find_spec("flash_attn"):
+    if is_flash_attn_2_available():
         contestants.append(TRL_FLASH)
     contestants.append(FIDUCIAL)
-    if find_spec("liger_kernel"):
+    if torch.cuda.is_available() and find_spec("liger_kernel"):
         contestants.append(FIDUCIAL_LIGER)
-    comparisons: list[dict[str, Any]] = []
+    return contestants
+
+
+def _settings(options: argparse.Namespace) -> Iterator[Setting]:
+    """One for each data set."""
     for name in options.data:
         workload = make(
             name,
@@ -70,13 +109,13 @@ def main(arguments: list[str]) -> int:
             batch_size=BATCH_SIZE[name],
         )
         setting = Setting(
-            options.shape, workload, "bfloat16", cuda=True, micro_batch_size=MICRO_BATCH_SIZE[name]
+            options.shape,
+            workload,
+            "bfloat16",
+            cuda=torch.cuda.is_available(),
+            micro_batch_size=MICRO_BATCH_SIZE[name],
         )
-        comparisons.append(compare(setting, contestants))
-        CONSOLE.print(table(comparisons[-1]))
-        command = ["python", "bench/cuda.py", *arguments]
-        write(options.output, report(command, options.shape, comparisons=comparisons))
-    return 0
+        yield replace(setting, isolated=False) if options.quick else setting
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:
@@ -89,8 +128,17 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         "--steps", type=int, default=8, help="measured optimizer steps, after two that are not"
     )
     parser.add_argument("--max-length", type=int, default=2048, help="longer pairs are left out")
-    parser.add_argument("--output", type=Path, default=HERE / "results" / "cuda.json")
-    return parser.parse_args(arguments)
+    parser.add_argument("--output", type=Path, help="bench/results/cuda.json unless --quick")
+    parser.add_argument("--only-missing", action="store_true", help="skip what the output holds already")
+    parser.add_argument(
+        "--quick", action="store_true", help="a tiny model, one process, a CPU will do; into bench/.cache"
+    )
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.shape, options.steps, options.max_length = "tiny", 1, 256
+    folder = HERE / (".cache" if options.quick else "results")
+    options.output = options.output or folder / "cuda.json"
+    return options
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from bench.shapes import Cost, Product
+from fiducial import __version__
 from fiducial.model.products import product
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
@@ -159,8 +160,15 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of what is measured."""
-    return {name: version(name) for name in PACKAGES} | {"fiducial": version("fiducial")}
+    """Installed versions of what is measured, and this code's own."""
+    return {name: _version(name) for name in PACKAGES} | {"fiducial": __version__}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _cpu_model() -> str:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.arena import report, write
+from bench.arena import CONSOLE, report, write
 
 KEY = ("method", "data", "precision", "batch_size")
 CONDITIONS = ("machine", "versions", "shape")
@@ -16,16 +16,25 @@ class Results:
 
     def __init__(self, path: Path, command: Sequence[str], shape: str) -> None:
         self.path = path
+        self._foreign = False
+        """Whether the file holds what was measured on another machine, or with other versions."""
         self.report = report(command, shape, comparisons=self._earlier(report(command, shape)))
 
     def has(self, **key: object) -> bool:
         """Whether the file holds the comparison with this `KEY`."""
-        return any(_key(each) == tuple(key[name] for name in KEY) for each in self.report["comparisons"])
+        return self.held(**key) is not None
+
+    def held(self, **key: object) -> dict[str, Any] | None:
+        """The comparison with this `KEY`, if the file holds it."""
+        wanted = tuple(key[name] for name in KEY)
+        return next((each for each in self.report["comparisons"] if _key(each) == wanted), None)
 
     def add(self, comparison: dict[str, Any]) -> None:
         """Keep a comparison, in place of an earlier one with the same `KEY`, and write the file."""
         others = [each for each in self.report["comparisons"] if _key(each) != _key(comparison)]
         made = comparison | {"command": self.report["command"]}
+        if self._foreign:
+            self._put_aside()
         write(self.path, self.report | {"comparisons": [*others, made]})
         self.report["comparisons"] = [*others, made]
 
@@ -34,9 +43,15 @@ class Results:
         if not self.path.exists():
             return []
         earlier = json.loads(self.path.read_text())
-        same = all(earlier.get(name) == now[name] for name in CONDITIONS)
-        comparisons: list[dict[str, Any]] = earlier["comparisons"] if same else []
+        self._foreign = any(earlier.get(name) != now[name] for name in CONDITIONS)
+        comparisons: list[dict[str, Any]] = [] if self._foreign else earlier["comparisons"]
         return comparisons
+
+    def _put_aside(self) -> None:
+        aside = self.path.with_suffix(".elsewhere.json")
+        self.path.replace(aside)
+        self._foreign = False
+        CONSOLE.print(f"what was measured on another machine, or with other versions, is now {aside}")
 
 
 def _key(comparison: dict[str, Any]) -> tuple[object, ...]:

@@ -268,7 +268,12 @@ def test_results_keep_what_was_measured_under_the_same_conditions(
     assert [(each["method"], each["command"]) for each in held] == [("dpo", "first"), ("kto", "third")]
 
     monkeypatch.setattr(results, "report", lambda *a, **held: report() | {"machine": "another"} | held)
-    assert not Results(path, ["fourth"], "42M").has(method="dpo", **key)
+    elsewhere = Results(path, ["fourth"], "42M")
+    assert not elsewhere.has(method="dpo", **key)
+    elsewhere.add(comparison("orpo"))
+    assert [each["method"] for each in json.loads(path.read_text())["comparisons"]] == ["orpo"]
+    aside = json.loads((tmp_path / "results.elsewhere.json").read_text())
+    assert aside["comparisons"] == held, "measured elsewhere, and not lost"
 
 
 WARM = {
