@@ -1,6 +1,7 @@
 """What it saves to score a live reference in one pass with the policy, against two passes.
 
     python bench/one_pass.py                  # about 7 minutes; writes bench/results/one_pass.json
+    python bench/one_pass.py --parts offloaded quantised    # on a GPU: into one_pass_cuda.json
     python bench/one_pass.py --quick          # shows that it runs, no more
 
 Shared layers: a pass over policy and reference with its backward, in turn with one in which the reference
@@ -8,6 +9,10 @@ goes on from the policy's lowest layers. Medians of the ratio, in seconds and in
 
 Sharded weights: the same with LoRA on all layers, by FSDP2 in two processes of one thread each, where each
 layer is gathered once for policy and reference, against twice. Each process has passes of as many tokens.
+
+Offloaded weights: the same in one process on a GPU, for which FSDP2 keeps the weights in the CPU's memory and
+copies each layer over once for policy and reference, against twice. Without a GPU nothing is copied far, and
+only `--quick` runs it.
 
 Weights in 8 and 4 bits: what bringing each weight back once for both could save at most, were it done: the
 time in which all of them are dequantised once.
@@ -20,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -34,11 +40,13 @@ import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from rich.table import Table
 from torch import multiprocessing, nn
-from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from bench.arena import CONSOLE, HERE, report, write
 from bench.measure import synchronize
+from bench.results import CONDITIONS
 from bench.shapes import config
 from fiducial.data.tokenize import TokenizedGroup
 from fiducial.model.loader import unfreeze
@@ -46,9 +54,10 @@ from fiducial.model.quantisation import placement, prepare
 from fiducial.model.scoring import Scorer
 from fiducial.model.trunk import decoder_layers
 from fiducial.reference.holding import Bits
-from fiducial.reference.one_pass import beside_policy, in_one_pass
+from fiducial.reference.one_pass import OnePass, beside_policy, in_one_pass
 from fiducial.reference.sources import AdapterOff, LiveReference, Reference, SeparateModel
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LONGEST = 4096
 PROCESSES = 2
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -59,26 +68,29 @@ Seconds = tuple[float, float]
 def main(arguments: list[str]) -> int:
     """Measure, print, write."""
     options = _options(arguments)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shared = [row for tokens in options.tokens for row in _shared_layers(options, device, tokens)]
-    sharded = [*_sharded(options)]
-    held: list[tuple[Bits, torch.dtype | None]] = [
-        (8, None),
-        (8, torch.bfloat16),
-        (4, None),
-        (4, torch.bfloat16),
-    ]
-    quantised = [row for bits, autocast in held for row in _quantised(options, bits, autocast)]
-    CONSOLE.print(_table("two passes over one, where the lowest layers are shared", shared))
-    CONSOLE.print(_table("two passes over one, where sharded layers are gathered once for both", sharded))
-    CONSOLE.print(_table("two passes over one, at most, where each weight were brought back once", quantised))
     command = ["python", "bench/one_pass.py", *arguments]
-    found = report(command, options.shape, shared_layers=shared, sharded=sharded, quantised=quantised)
-    write(options.output, found)
+    found = _measured_here(options.output, report(command, options.shape))
+    for name in options.parts:
+        part = PARTS[name]
+        found[name] = [*part.measured(options)]
+        CONSOLE.print(_table(f"two passes over one, {part.where}", found[name]))
+        write(options.output, report(command, options.shape, **found))
     return 0
 
 
-def _shared_layers(
+def _measured_here(path: Path, now: dict[str, Any]) -> dict[str, Any]:
+    """The parts that the file holds, if they were measured on the same machine with the same versions."""
+    earlier: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    same = all(earlier.get(name) == now[name] for name in CONDITIONS)
+    return {name: earlier[name] for name in PARTS if same and name in earlier}
+
+
+def _shared_layers(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    for tokens in options.tokens:
+        yield from _shared_lowest(options, torch.device(DEVICE), tokens)
+
+
+def _shared_lowest(
     options: argparse.Namespace, device: torch.device, tokens: int
 ) -> Iterator[dict[str, Any]]:
     groups = _groups(tokens)
@@ -117,29 +129,48 @@ def _compared(
 
 def _sharded(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A row for each number of tokens; of the larger shape, whose passes take many seconds, for the least."""
-    yield from _in_processes(options)
+    held = Held("cpu", PROCESSES, OffloadPolicy())
+    yield from _in_processes(options, held)
     if options.larger is not None:
         larger = argparse.Namespace(shape=options.larger, tokens=[min(options.tokens)], repeats=3)
-        yield from _in_processes(larger)
+        yield from _in_processes(larger, held)
 
 
-def _in_processes(options: argparse.Namespace) -> list[dict[str, Any]]:
+def _offloaded(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A row for each shape and number of tokens."""
+    held = Held(DEVICE, 1, CPUOffloadPolicy(pin_memory=DEVICE == "cuda"))
+    for shape in filter(None, (options.shape, options.larger)):
+        yield from _in_processes(argparse.Namespace(**vars(options) | {"shape": shape}), held)
+
+
+@dataclass(frozen=True)
+class Held:
+    """Where FSDP2 keeps the weights, and where it brings them together."""
+
+    device: str
+    processes: int
+    offload: OffloadPolicy
+
+    @property
+    def backend(self) -> str:
+        """What moves them between processes."""
+        return "cpu:gloo,cuda:nccl" if self.device == "cuda" else "gloo"
+
+
+def _in_processes(options: argparse.Namespace, held: Held) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(_sharded_process, (options, Path(folder)), PROCESSES)  # type: ignore[no-untyped-call]  # torch types no spawn
+        arguments = (options, held, Path(folder))
+        multiprocessing.spawn(_sharded_process, arguments, held.processes)  # type: ignore[no-untyped-call]  # torch types no spawn
         rows: list[dict[str, Any]] = json.loads((Path(folder) / "rows.json").read_text())
     return rows
 
 
-def _sharded_process(rank: int, options: argparse.Namespace, folder: Path) -> None:
+def _sharded_process(rank: int, options: argparse.Namespace, held: Held, folder: Path) -> None:
     torch.set_num_threads(1)
     CONSOLE.quiet = rank > 0
-    dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=PROCESSES)
-    policy = _policy(options, torch.device("cpu"))
-    adapted = get_peft_model(policy.model, LoraConfig(r=16, target_modules=TARGETS)).train()
-    policy = Scorer(adapted, layout="packed")
-    off = AdapterOff(policy)
-    joint = in_one_pass(off, policy, policy, 0, _groups(192), tolerance=1e-3, in_step=True)
-    _shard(policy)
+    meeting = f"file://{folder}/meeting"
+    dist.init_process_group(held.backend, meeting, rank=rank, world_size=held.processes)
+    policy, off, joint = in_both_ways(_policy(options, torch.device(held.device)).model, held)
     rows = []
     for tokens in options.tokens:
         groups = _groups(tokens)
@@ -152,13 +183,26 @@ def _sharded_process(rank: int, options: argparse.Namespace, folder: Path) -> No
     dist.destroy_process_group()
 
 
-def _shard(policy: Scorer) -> None:
+def in_both_ways(model: PreTrainedModel, held: Held) -> tuple[Scorer, AdapterOff, OnePass]:
+    """The model under an adapter and sharded, its reference in passes of its own, and in the policy's."""
+    adapted = get_peft_model(model, LoraConfig(r=16, target_modules=TARGETS)).train()
+    policy = Scorer(adapted, layout="packed")
+    off = AdapterOff(policy)
+    joint = in_one_pass(off, policy, policy, 0, _groups(192), tolerance=1e-3, in_step=True)
+    _shard(policy, held)
+    return policy, off, joint
+
+
+def _shard(policy: Scorer, held: Held) -> None:
     """As accelerate does it: each layer is gathered by itself, and what is needed at both ends stays."""
     model: Any = policy.model.get_base_model()
+    mesh = init_device_mesh(held.device, (held.processes,))  # by default on a GPU, wherever the model is
+    where: dict[str, Any] = {"mesh": mesh, "offload_policy": held.offload}
     for layer in decoder_layers(policy.model):
-        fully_shard(layer)
-    fully_shard([model.model.norm, model.model.embed_tokens, model.lm_head], reshard_after_forward=False)
-    fully_shard(policy.model)
+        fully_shard(layer, **where)
+    ends = [model.model.norm, model.model.embed_tokens, model.lm_head]
+    fully_shard(ends, reshard_after_forward=False, **where)
+    fully_shard(policy.model, **where)
 
 
 def _together(way: Callable[[], None]) -> None:
@@ -167,8 +211,15 @@ def _together(way: Callable[[], None]) -> None:
     dist.barrier()
 
 
-def _quantised(
-    options: argparse.Namespace, bits: Bits, autocast: torch.dtype | None
+def _quantised(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    held: tuple[Bits, Bits] = (8, 4)
+    for bits in held:
+        for autocast in (None, torch.bfloat16):
+            yield from _held_in(bits, options, autocast)
+
+
+def _held_in(
+    bits: Bits, options: argparse.Namespace, autocast: torch.dtype | None
 ) -> Iterator[dict[str, Any]]:
     shape = config(options.shape, longest=LONGEST)
     with tempfile.TemporaryDirectory() as folder:
@@ -221,7 +272,7 @@ def _groups(tokens: int) -> list[TokenizedGroup]:
 
 def _step(policy: Scorer, reference: Reference, groups: list[TokenizedGroup]) -> None:
     """Forward and backward of one training pass."""
-    batch = policy.pack(groups).to(policy.model.device)
+    batch = policy.pack(groups).to(policy.device)
     with beside_policy(reference, batch) as answer:
         values = policy(batch).values
     compared = answer()
@@ -260,6 +311,22 @@ def _table(title: str, rows: list[dict[str, Any]]) -> Table:
     return grid
 
 
+@dataclass(frozen=True)
+class Part:
+    """What is measured, and in words where the one pass gains."""
+
+    measured: Callable[[argparse.Namespace], Iterator[dict[str, Any]]]
+    where: str
+
+
+PARTS = {
+    "shared_layers": Part(_shared_layers, "where the lowest layers are shared"),
+    "sharded": Part(_sharded, "where sharded layers are gathered once for both"),
+    "offloaded": Part(_offloaded, "where offloaded layers are copied once for both"),
+    "quantised": Part(_quantised, "at most, where each weight were brought back once"),
+}
+
+
 def _options(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -268,13 +335,18 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, nargs="+", default=[192, 768])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--larger", default="1B", help="a second shape for the sharded weights")
-    parser.add_argument("--output", type=Path, help="bench/results/one_pass.json unless --quick")
+    usual = [name for name in PARTS if name != "offloaded" or DEVICE == "cuda"]
+    parser.add_argument(
+        "--parts", nargs="+", choices=list(PARTS), default=usual, help="the output keeps the others"
+    )
+    parser.add_argument("--output", type=Path, help="bench/results/one_pass.json unless --quick or on a GPU")
     parser.add_argument("--quick", action="store_true", help="a tiny model, into bench/.cache")
     options = parser.parse_args(arguments)
     if options.quick:
         options.shape, options.tokens, options.repeats, options.larger = "tiny", [192], 1, None
+        options.parts = list(PARTS) if options.parts == usual else options.parts
     folder = HERE / (".cache" if options.quick else "results")
-    options.output = options.output or folder / "one_pass.json"
+    options.output = options.output or folder / f"one_pass{'_cuda' * (DEVICE == 'cuda')}.json"
     return options
 
 

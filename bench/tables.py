@@ -40,8 +40,7 @@ def tables(report: Report) -> str:
     bodies = [_table(each) for each in report.get("comparisons", ())]
     steps = [_profile(report["steps"])] if "steps" in report else []
     cache = [_warm(report["warm"]), _cold(report["cold"])] if "warm" in report else []
-    passes = _passes(report) if "quantised" in report else []
-    return "\n\n".join([f"{made} on {_conditions(report)}.", *bodies, *steps, *cache, *passes])
+    return "\n\n".join([f"{made} on {_conditions(report)}.", *bodies, *steps, *cache, *_passes(report)])
 
 
 def summary(report: Report) -> str:
@@ -112,6 +111,7 @@ def _passes(report: Report) -> list[str]:
     titles = {
         "shared_layers": "Two passes over one, layers shared (median):",
         "sharded": "Two passes over one, sharded layers gathered once for both (median, two processes):",
+        "offloaded": "Two passes over one, offloaded layers copied once for both (median):",
         "quantised": "Two passes over one, at most, were each weight dequantised once for both (median):",
     }
     return [_ratios(title, report[name]) for name, title in titles.items() if name in report]

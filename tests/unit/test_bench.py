@@ -199,11 +199,15 @@ def test_ratios_of_two_passes_to_one_are_a_row_each() -> None:
         "shape": "42M",
         "shared_layers": [row],
         "sharded": [row | {"case": "sharded"}],
+        "offloaded": [row | {"case": "offloaded"}],
         "quantised": [row | {"case": "4-bit"}],
     }
     text = tables.tables(report)
     assert (
         "| sharded | 1,536 | 1.25× | 1.20× |" in text.split("gathered once for both")[1].split("at most")[0]
+    )
+    assert (
+        "| offloaded | 1,536 | 1.25× | 1.20× |" in text.split("copied once for both")[1].split("at most")[0]
     )
     assert "| half frozen | 1,536 | 1.25× | 1.20× |" in text.split("at most")[0]
     assert "| 4-bit | 1,536 | 1.25× | 1.20× |" in text.split("at most")[1]
