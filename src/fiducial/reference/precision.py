@@ -57,6 +57,10 @@ def held_precision(cfg: RunConfig, *, gpu: bool | None = None) -> HeldPrecision:
     )
 
 
-def sees_gpu() -> bool:
-    """Whether an NVIDIA device is visible to this process."""
-    return os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in {"", "-1"} and Path("/dev/nvidia0").exists()
+def sees_gpu(devices: Path = Path("/dev")) -> bool:
+    """Whether an NVIDIA device is visible to this process.
+
+    A container that is given one GPU of several has its number, which need not be 0.
+    """
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in {"", "-1"}
+    return not hidden and any(devices.glob("nvidia[0-9]*"))
