@@ -26,6 +26,7 @@ from fiducial.model.precision import Precision, resolve_precision
 from fiducial.model.quantisation import is_quantised, placement, prepare, require_computable
 from fiducial.model.randomness import drawn_from
 from fiducial.model.tokenizer import require_same_vocabulary
+from fiducial.reference.checkpoint import same_place
 from fiducial.reference.holding import Bits, policy_bits, reference_bits
 from fiducial.reference.plan import Checkpoint
 from fiducial.reference.start import on_starting_base
@@ -161,7 +162,7 @@ class ModelLoader:
 
     def _config(self, checkpoint: Checkpoint) -> PreTrainedConfig:
         model = self.cfg.model
-        overrides = model.config_overrides if checkpoint.path == model.base_model else {}
+        overrides = model.config_overrides if same_place(checkpoint.path, model.base_model) else {}
         return read_config(checkpoint, model, overrides)
 
     def _placement(

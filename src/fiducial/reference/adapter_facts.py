@@ -3,11 +3,15 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from fiducial.errors import ModelError
-from fiducial.reference.checkpoint import TensorFact, open_checkpoint, read_sharded_tensor_facts
+from fiducial.reference.checkpoint import (
+    TensorFact,
+    open_checkpoint,
+    read_sharded_tensor_facts,
+    same_place,
+)
 
 _BASE_KEY = {"lora_model_dir": "base_model", "reference.adapter": "reference.model"}
 _PREFIX = "base_model.model."
@@ -92,7 +96,7 @@ def check_adapter_fits(
     Raises:
         ModelError: the adapter was trained on another base.
     """
-    same_name = adapter.base_model is None or _same_place(adapter.base_model, base)
+    same_name = adapter.base_model is None or same_place(adapter.base_model, base)
     misfit = None
     if adapter.tensors is not None and base_tensors is not None:
         misfit = _misfit(adapter, adapter.tensors, base_tensors, tied=tied)
@@ -154,10 +158,6 @@ def _in_base(module: str, adapter: AdapterFacts) -> str:
 
 def _times(tensor: TensorFact) -> str:
     return " x ".join(str(size) for size in tensor.shape)
-
-
-def _same_place(first: str, second: str) -> bool:
-    return first.rstrip("/") == second.rstrip("/") or Path(first).resolve() == Path(second).resolve()
 
 
 def _names(config: Mapping[str, Any], key: str) -> tuple[str, ...]:

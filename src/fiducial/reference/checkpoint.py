@@ -109,6 +109,12 @@ def open_checkpoint(location: str, revision: str | None, *, key: str) -> Checkpo
     return CheckpointFiles(key, location, revision, None)
 
 
+def same_place(first: str, second: str) -> bool:
+    """Whether two locations are one, however spelled: `sft`, `./sft` and `sft/` are the same folder."""
+    paths = [Path(location).expanduser().resolve() for location in (first, second)]
+    return first == second or paths[0] == paths[1]
+
+
 def read_tensor_facts(path: Path, key: str) -> dict[str, TensorFact]:
     """Names, dtypes and shapes of the tensors in a safetensors file, from its header alone.
 

@@ -13,7 +13,7 @@ from fiducial.model.checkpoint import read_config
 from fiducial.model.offload import is_offloaded
 from fiducial.model.precision import resolve_precision
 from fiducial.model.scoring import Scorer
-from fiducial.reference.checkpoint import open_checkpoint, weight_files
+from fiducial.reference.checkpoint import open_checkpoint, same_place, weight_files
 from fiducial.reference.checkpoint_weights import fingerprint_files
 from fiducial.reference.fingerprint import identify, numeric_settings
 from fiducial.reference.holding import policy_bits, reference_bits
@@ -38,7 +38,8 @@ def predict_identity(
     dtype: torch.dtype = getattr(torch, named) if named else precision.weights
     if not _loads_as_stored(cfg, plan, dtype):
         return None
-    overrides = cfg.model.config_overrides if plan.checkpoint.path == cfg.model.base_model else {}
+    own = same_place(plan.checkpoint.path, cfg.model.base_model)
+    overrides = cfg.model.config_overrides if own else {}
     config = read_config(plan.checkpoint, cfg.model, overrides)
     files = weight_files(open_checkpoint(plan.checkpoint.path, plan.checkpoint.revision, key="base_model"))
     quantised = getattr(config, "quantization_config", None) is not None

@@ -6,19 +6,20 @@ one that changes the policy, because guessing wrong would compare with another m
 """
 
 import re
-from pathlib import Path
 
 from fiducial.config.schema import AdapterConfig, RunConfig
+from fiducial.reference.checkpoint import same_place
 from fiducial.reference.facts import AdapterFacts, Facts, ModelFacts
 from fiducial.reference.holding import reference_bits
 from fiducial.reference.kinds import Schedule, Source, Sync
 
 IDENTITY_INITS = frozenset({"true", "gaussian", "eva"})
 """`peft_init_lora_weights` that leave the policy exactly as it was: on and off agree at step 0."""
+_ON_UNTOUCHED_BASE = IDENTITY_INITS | {"false"}
+"""Those after which the base weights are what they were."""
 ROUNDED_INITS = ("pissa", "olora", "orthogonal")
 """Those that split base weights in two: the sum is the base again up to the rounding of its dtype, 4e-6 nats
-a
-token in float32 and 0.08 in bfloat16 (measured)."""
+a token in float32 and 0.08 in bfloat16 (measured)."""
 _SHARED = re.compile(r"\b(embed_tokens|embed_in|wte|lm_head|embed_out)\.lora_")
 """Adapter weights on an embedding or a head."""
 
@@ -77,12 +78,14 @@ def names_another_adapter(cfg: RunConfig) -> bool:
 def on_starting_base(cfg: RunConfig) -> bool:
     """Whether the reference is, or is put on, the checkpoint that the run starts from."""
     asked = cfg.reference
-    return asked.model is None or (asked.model, asked.revision) == (cfg.model.base_model, cfg.model.revision)
+    if asked.model is None:
+        return True
+    return same_place(asked.model, cfg.model.base_model) and asked.revision == cfg.model.revision
 
 
 def _is_resumed(cfg: RunConfig, adapter: str) -> bool:
     resumed = cfg.adapter.path if cfg.adapter is not None else None
-    return resumed is not None and (adapter == resumed or Path(adapter).resolve() == Path(resumed).resolve())
+    return resumed is not None and same_place(adapter, resumed)
 
 
 def resumes_adapter(cfg: RunConfig) -> bool:

@@ -9,10 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
+from fiducial.config.load import validate_config
 from fiducial.config.schema import RunConfig
 from fiducial.errors import ModelError
 from fiducial.model.loader import ModelLoader, resolve_precision
 from fiducial.model.tokenizer import load_tokenizer
+from fiducial.reference.facts import gather_facts
+from fiducial.reference.plan import plan_reference
 from tiny import save_checkpoint, tiny_model
 
 
@@ -51,6 +54,16 @@ def test_a_mapping_is_validated_and_means_the_same(base: Path) -> None:
     policy, peft_config = ModelLoader({"base_model": str(base), "rl": "dpo"}, tokenizer).load()
     assert peft_config is None
     assert_equal_weights(policy, tiny_model())
+
+
+@pytest.mark.parametrize("spelled", ["{0}/", "{0}/../base"])
+def test_the_starting_checkpoint_is_the_same_one_however_it_is_spelled(base: Path, spelled: str) -> None:
+    settings = {"base_model": str(base), "rl": "dpo", "model_config": {"rms_norm_eps": 0.1}}
+    settings["reference"] = {"model": spelled.format(base), "source": "separate_model", "schedule": "live"}
+    cfg = validate_config(settings)
+    plan = plan_reference(cfg, gather_facts(cfg))
+    assert plan.equals_starting_policy
+    assert load(cfg, reference_model=True).config.rms_norm_eps == load(cfg).config.rms_norm_eps == 0.1
 
 
 def test_the_reference_is_equal_frozen_and_silent(base: Path) -> None:
