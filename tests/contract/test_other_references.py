@@ -58,6 +58,7 @@ KINDS: dict[str, Kind] = {
         Source.SEPARATE_MODEL,
     ),
     "lora, adapter with modules": Kind(LORA, {"adapter": "sft-modules"}, Source.SEPARATE_MODEL),
+    "lora, pissa adapter": Kind(LORA, {"adapter": "sft-pissa"}, Source.SEPARATE_MODEL),
     "random start, adapter": Kind(
         LORA | {"peft_init_lora_weights": False}, {"adapter": "sft"}, Source.FROZEN_ADAPTER
     ),
@@ -85,6 +86,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_adapter(folder / "sft", folder / "base")
     save_adapter(folder / "sft-of-other", folder / "other")
     save_adapter(folder / "sft-modules", folder / "base", modules_to_save=["lm_head"])
+    save_adapter(folder / "sft-pissa", folder / "base", init_lora_weights="pissa")
     torch.manual_seed(7)
     other = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "base"), folder / "sft")
     with torch.no_grad():

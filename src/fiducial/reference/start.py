@@ -185,15 +185,22 @@ def _why_named_adapter_differs(cfg: RunConfig, facts: Facts) -> str | None:
         return "the base itself is trained, so an adapter on it would not stay what it is"
     if setting := trains_outside_adapter(cfg, facts):
         return f"{setting} trains base weights, which the reference's adapter would share with the policy"
-    own = _init(cfg.adapter) if facts.adapter is None else str(facts.adapter.init_lora_weights).lower()
-    if own not in IDENTITY_INITS | {"false"}:
+    own = _init(facts.adapter or cfg.adapter)
+    if own not in _ON_UNTOUCHED_BASE:
         return f"the policy's adapter ({own}) rewrites base weights, on which the reference's was not trained"
     policy = cfg.adapter
     more = policy.modules_to_save or policy.trainable_token_indices or policy.target_parameters
     if more or policy.layer_replication or _more_than_factors(facts.adapter):
         return "the policy's adapter holds more than low-rank factors, which the reference's does not"
-    if _more_than_factors(facts.reference_adapter):
+    return None if facts.reference_adapter is None else _why_not_beside(facts.reference_adapter)
+
+
+def _why_not_beside(reference: AdapterFacts) -> str | None:
+    """Why an adapter on disk cannot stand beside the policy's own."""
+    if _more_than_factors(reference):
         return "the reference's adapter holds more than low-rank factors, which cannot stand beside another's"
+    if (init := _init(reference)) not in _ON_UNTOUCHED_BASE:
+        return f"the reference's adapter ({init}) rewrites the base weights below it, which the policy shares"
     return None
 
 
@@ -236,5 +243,5 @@ def _why_start_differs(cfg: RunConfig, init: str) -> str | None:
     )
 
 
-def _init(adapter: AdapterConfig) -> str:
+def _init(adapter: AdapterConfig | AdapterFacts) -> str:
     return str(adapter.init_lora_weights).lower()

@@ -1,5 +1,6 @@
 """Plans whose reference is another policy: an adapter, a checkpoint, a server."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,24 @@ def test_an_adapter_on_the_policys_base_is_held_beside_its_own_where_that_is_exa
     assert (result.checkpoint.path, result.checkpoint.adapter) == ("base", "other-sft")
     assert "base with the adapter other-sft" in result.why
     assert decision(plan(ADAPTER | {"schedule": "live"}, adapter=adapter)) == (source, LIVE)
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "orthogonal", "loftq"])
+def test_a_named_adapter_that_rewrites_the_base_is_not_put_under_the_policy(
+    tmp_path: Path, init: str
+) -> None:
+    base = save_checkpoint(tmp_path / "base")
+    sft = save_adapter(tmp_path / "sft", base)
+    config = sft / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"init_lora_weights": init}))
+    keys = {"base_model": str(base), "rl": "dpo", "adapter": "lora", "reference": {"adapter": str(sft)}}
+    cfg = validate_config(keys)
+    assert plan_reference(cfg, gather_facts(cfg)).source is Source.SEPARATE_MODEL
+    asked = validate_config(keys | {"reference": {"adapter": str(sft), "source": "frozen_adapter"}})
+    with pytest.raises(
+        PlanError, match=rf"the reference's adapter \({init}\) rewrites the base weights below"
+    ):
+        plan_reference(asked, gather_facts(asked))
 
 
 def test_the_adapter_the_run_resumes_is_the_start() -> None:
