@@ -1,9 +1,9 @@
 """Whether a model can be packed: measured on the model, not looked up by its name.
 
-Cheap questions first: does it take packed attention, does anything but attention mix tokens, do its positions
-mean the same in a longer row. Then three short passes decide. Changing one completion must not move any other
-sequence by a single bit, and packed log-probs must equal padded ones. A model that fails anywhere is scored
-padded, which is always right, and the reason is told.
+Cheap questions first: does it take packed attention, does anything but attention mix tokens. Then three short
+passes decide. Changing one completion must not move any other sequence by a single bit, and packed log-probs
+must equal padded ones. A model that fails anywhere is scored padded, and the reason is told. Where not even
+padded rows keep to themselves, because the longest of a pass decides all positions, it is refused.
 """
 
 from collections.abc import Iterator, Sequence
@@ -57,13 +57,15 @@ def choose_layout(
     ever be scored; None: that of `groups`. The model comes back as it was: mode, attention, random state.
 
     Raises:
-        ModelError: `packing` is True and the model cannot be packed.
+        ModelError: `packing` is True and the model cannot be packed; or what a sequence gets depends on what
+            shares its pass, in any layout.
     """
+    _require_steady_positions(model, longest or max((group.longest for group in groups), default=0))
     if packing is False:
         return LayoutChoice("padded", "Packing is switched off.")
     try:
         with _as_it_was(model):
-            _ask(model, longest or max((group.longest for group in groups), default=0))
+            _ask(model)
             _measure(model, groups, autocast)
     except _NotPackableError as reason:
         if packing:
@@ -84,7 +86,7 @@ def _as_it_was(model: PreTrainedModel) -> Iterator[None]:
             set_attention(inner, attention)
 
 
-def _ask(model: PreTrainedModel, longest: int) -> None:
+def _ask(model: PreTrainedModel) -> None:
     inner = causal_lm(model)
     config: Any = inner.config.get_text_config()
     name = type(inner).__name__
@@ -94,20 +96,28 @@ def _ask(model: PreTrainedModel, longest: int) -> None:
     if mixing or inner._is_stateful:
         layers = ", ".join(sorted(mixing)) or "recurrent"
         raise _NotPackableError(f"{name} has {layers} layers, which carry one sequence into the next.")
-    limit = _rope_limit(config)
-    if limit is not None and longest > limit:
-        raise _NotPackableError(
-            f"{name}'s rotary positions change for the whole row once it holds a sequence of more than "
-            f"{limit} tokens, and the longest here has {longest}."
-        )
     register()
     set_attention(inner, PACKED)
     if config._attn_implementation != PACKED:
         raise _NotPackableError(f"{name} does not take its attention from transformers' AttentionInterface.")
 
 
+def _require_steady_positions(model: PreTrainedModel, longest: int) -> None:
+    """Raise `ModelError` where the longest sequence of a pass decides the positions of all others."""
+    inner = causal_lm(model)
+    limit = _rope_limit(inner.config.get_text_config())
+    if limit is not None and longest > limit:
+        raise ModelError(
+            f"sequence_len: {type(inner).__name__} takes other rotary frequencies for a whole pass once it "
+            f"holds a sequence of more than {limit} tokens, and the longest here has {longest}. A shorter "
+            "one's log-probs would depend on what shares its pass, and policy and reference could not be "
+            f"compared. Set sequence_len: {limit}, or another rope_type (yarn, linear, llama3) under "
+            "model_config: {rope_scaling: {...}}."
+        )
+
+
 def _rope_limit(config: Any) -> int | None:
-    """Longest sequence for which rotary frequencies do not depend on the row; None where they never do."""
+    """Longest sequence for which rotary frequencies do not depend on the pass; None where they never do."""
     ropes: Any = getattr(config, "rope_parameters", None) or {}
     limits = []
     for rope in [ropes, *(part for part in ropes.values() if isinstance(part, dict))]:

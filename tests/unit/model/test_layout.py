@@ -3,12 +3,14 @@
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import PreTrainedModel
 
 from fiducial.data.batch import PackedBatch
+from fiducial.data.tokenize import TokenizedGroup
 from fiducial.errors import ModelError
 from fiducial.model import attention_plan
 from fiducial.model.attention_plan import Visibility
@@ -54,9 +56,18 @@ def test_rotary_positions_that_depend_on_the_row_limit_the_length(rope_type: str
         rope |= {"original_max_position_embeddings": 100, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     model = tiny_model(rope_parameters=rope, max_position_embeddings=100)
     assert choose_layout(model, GROUPS, packing=None).layout == "packed"
-    choice = choose_layout(model, GROUPS, packing=None, longest=101)
-    assert choice.layout == "padded"
-    assert "more than 100 tokens, and the longest here has 101" in choice.why
+    assert choose_layout(model, GROUPS, packing=None, longest=100).layout == "packed"
+    scorer = Scorer(model.eval(), layout="padded")
+    short, long = GROUPS[0], TokenizedGroup(np.arange(90, dtype=np.int32), (np.arange(30, dtype=np.int32),))
+    with torch.no_grad():
+        alone, beside = (scorer(scorer.pack(groups)).values for groups in ([short], [short, long]))
+    difference = (alone - beside[: len(alone)]).abs().max().item()
+    assert difference > 1e-3, "padded rows do not keep to themselves either"
+    for packing in (None, False, True):
+        with pytest.raises(
+            ModelError, match=r"more than 100 tokens, and the longest here has 101.*sequence_len: 100"
+        ):
+            choose_layout(model, GROUPS, packing=packing, longest=101)
 
 
 def test_prompt_tuning_is_padded() -> None:
