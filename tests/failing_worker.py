@@ -19,6 +19,20 @@ def damaged_checkpoint() -> None:
     ModelLoader.load = load
 
 
+def another_copy() -> None:
+    """The checkpoint on this machine has other weights."""
+    load = ModelLoader.load
+
+    def loading(self: ModelLoader) -> Any:
+        model, config = load(self)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.1)
+        return model, config
+
+    ModelLoader.load = loading
+
+
 def in_second_step(fail: Any) -> None:
     """Pass the policy's log-probs through `fail` once a step has been taken."""
     score, passes = Objective._score, []
@@ -43,6 +57,7 @@ def out_of_memory(policy: Any) -> None:
 
 FAILURES = {
     "load": damaged_checkpoint,
+    "copy": another_copy,
     "nan": lambda: in_second_step(not_a_number),
     "memory": lambda: in_second_step(out_of_memory),
     "none": lambda: None,

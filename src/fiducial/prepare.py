@@ -32,6 +32,7 @@ from fiducial.model.held_once import share_frozen_weights
 from fiducial.model.scoring import Scorer
 from fiducial.reference.approximation import Approximation, measure_approximation
 from fiducial.reference.cache import LogpStore
+from fiducial.reference.everywhere import require_same_everywhere
 from fiducial.reference.fill import tell_checked, warn
 from fiducial.reference.identity import Identity
 from fiducial.reference.kept import Kept
@@ -110,7 +111,7 @@ def prove(
     Raises:
         PlanError: switching the adapter off is not the starting policy.
         TrainingError: the reference should be the starting policy, and is not.
-        ModelError: the reference is not what it was when the run started.
+        ModelError: the reference is not what it was when the run started, or not the same in every process.
     """
     groups = typical_groups(run.data.sample if on is None else on)
     if run.plan.source is Source.ADAPTER_OFF:
@@ -132,14 +133,16 @@ def prove(
             if is_first_process() or run.plan.writes_through:
                 identity = identify_unchanged(run, second or policy.scorer)
     approximation = _measured(run, policy, reference, groups)
-    proof = prove_reference(
-        policy.scorer,
-        reference,
-        groups,
-        expected_equal=run.plan.equals_starting_policy and approximation is None,
-        pass_tokens=policy.micro_batch_tokens,
-        known_noise=0.0 if ahead is None else ahead.noise,
-    )
+    with all_or_none():
+        proof = prove_reference(
+            policy.scorer,
+            reference,
+            groups,
+            expected_equal=run.plan.equals_starting_policy and approximation is None,
+            pass_tokens=policy.micro_batch_tokens,
+            known_noise=0.0 if ahead is None else ahead.noise,
+        )
+    require_same_everywhere(proof, groups)
     scorer, tolerance = second or policy.scorer, proof.tolerance
     reference = _in_one_pass(run, policy, reference, scorer, groups=groups, tolerance=tolerance)
     if run.plan.kept and not run.precomputes:

@@ -22,6 +22,11 @@ NOT_A_NUMBER = "The loss is not a number at step 2, for 2 of 2 groups"
             "Model error: a weights file is damaged",
         ),
         (
+            "copy",
+            "Model error: process 1 failed: the reference loaded here answers otherwise than in the first",
+            "Model error: the reference loaded here answers otherwise than in the first process",
+        ),
+        (
             "nan",
             f"Training error: process 1 failed: {NOT_A_NUMBER}",
             f"Training error: {NOT_A_NUMBER}",
@@ -32,13 +37,15 @@ NOT_A_NUMBER = "The loss is not a number at step 2, for 2 of 2 groups"
             "Training error: Out of memory at step 2 in process 1",
         ),
     ],
-    ids=["load", "nan", "memory"],
+    ids=["load", "copy", "nan", "memory"],
 )
 def test_both_processes_end_with_the_failure_of_one(
     tmp_path: Path, failure: str, first: str, second: str
 ) -> None:
     run = tmp_path / "run.yaml"
     config = run_config(tmp_path, rows=16, micro_batch_size=2, max_steps=3)
+    if failure == "copy":
+        config["reference"] = {"schedule": "live"}
     run.write_text(json.dumps(config), encoding="utf-8")
     ended = two_alone(WORKER, failure, str(run), timeout=300)
     assert [process.returncode for process in ended] == [2, 2], [process.stderr for process in ended]

@@ -34,6 +34,7 @@ LAYERS = {
     "fiducial.reference.fingerprint": 6,
     "fiducial.reference.approximation": 6,
     "fiducial.reference.named_adapter": 6,
+    "fiducial.reference.everywhere": 6,
     "fiducial.reference.served": 6,
     "fiducial.reference.moving": 6,
     "fiducial.reference.noise": 6,
