@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from fiducial.agreement import all_or_none
 from fiducial.data.tokenize import TokenizedGroup
-from fiducial.reference.cache.passes import Groups, look_up
-from fiducial.reference.cache.processes import barrier, rank
+from fiducial.reference.cache.passes import Groups, look_up, require_all
+from fiducial.reference.cache.processes import barrier, rank, world
 from fiducial.reference.cache.shards import Logps
 from fiducial.reference.cache.store import LogpStore
 from fiducial.reference.endpoint import Endpoint
@@ -40,7 +40,7 @@ def ask_for_missing(
 
     Raises:
         ModelError: The server does not answer, or not for these tokens. What it answered is in the store.
-        CacheError: Records cannot be written.
+        CacheError: Records cannot be written or read.
     """
     barrier()
     asked = 0
@@ -49,6 +49,9 @@ def ask_for_missing(
             asked = _ask(groups, endpoint, store, flush_every, progress)
     barrier()
     store.reload()
+    if world() > 1:
+        with all_or_none():
+            require_all(groups, store)
     return asked
 
 

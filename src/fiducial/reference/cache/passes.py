@@ -17,6 +17,8 @@ import numpy as np
 
 from fiducial.data.micro_batches import Cost, Load
 from fiducial.data.tokenize import TokenizedGroup
+from fiducial.errors import CacheError
+from fiducial.reference.cache.folder import READ_ONLY
 from fiducial.reference.cache.store import LogpStore
 
 
@@ -60,6 +62,19 @@ def look_up(groups: Groups, store: LogpStore) -> Todo:
         if positions:
             parts.append((index, _once(positions, group)))
     return Todo(parts, digest.hexdigest())
+
+
+def require_all(groups: Groups, store: LogpStore) -> None:
+    """Look every completion up in this process: what serves a shortened one is found by looking.
+
+    Raises:
+        CacheError: One has no record. Processes on several machines may keep theirs on different disks.
+    """
+    if look_up(groups, store).parts:
+        raise CacheError(
+            f"reference log-probs that another process scored are not in {store.home}. Every machine must "
+            "load the same weights and see the same folder: name a shared one as reference.cache."
+        )
 
 
 def cut_passes(parts: Sequence[Part], groups: Groups, budget: int, cost: Cost) -> list[Pass]:
@@ -137,7 +152,11 @@ class Unfinished:
 
     def end(self) -> None:
         """Forget: all is scored."""
-        self._path.unlink(missing_ok=True)
+        try:
+            self._path.unlink(missing_ok=True)
+        except OSError as error:  # another run's, in a cache one may only read
+            if error.errno not in READ_ONLY:
+                raise
 
 
 def _once(positions: tuple[int, ...], group: TokenizedGroup) -> tuple[int, ...]:

@@ -10,10 +10,18 @@ from fiducial.agreement import all_or_none
 from fiducial.data.batch import PackedBatch
 from fiducial.data.micro_batches import COSTS
 from fiducial.data.tokenize import TokenizedGroup
-from fiducial.errors import CacheError, TrainingError
+from fiducial.errors import TrainingError
 from fiducial.logps import TokenLogps
 from fiducial.model.scoring import Scorer
-from fiducial.reference.cache.passes import Groups, Pass, Unfinished, cut_passes, look_up, take
+from fiducial.reference.cache.passes import (
+    Groups,
+    Pass,
+    Unfinished,
+    cut_passes,
+    look_up,
+    require_all,
+    take,
+)
 from fiducial.reference.cache.processes import barrier, from_first, rank, world
 from fiducial.reference.cache.shards import Logps
 from fiducial.reference.cache.store import LogpStore
@@ -66,7 +74,9 @@ def score_reference(
         store.flush()
     barrier()
     store.reload()
-    _require_all(passes, groups, store)
+    if passes or world() > 1:
+        with all_or_none():
+            require_all(groups, store)
     if rank() == 0 and unfinished is not None:
         unfinished.end()
     return worker.scored
@@ -171,14 +181,3 @@ def put_logps(groups: Sequence[TokenizedGroup], logps: TokenLogps, store: LogpSt
                 )
             store.put(key, values[start:end].copy(), group)
     return sum(len(group.completions) for group in groups)
-
-
-def _require_all(passes: list[Pass], groups: Groups, store: LogpStore) -> None:
-    """Processes on several machines may write to different disks under the same name."""
-    for parts in passes:
-        for part in parts:
-            if store.missing(take(groups, part)) is not None:
-                raise CacheError(
-                    f"reference log-probs that another process scored are not in {store.home}. Every machine "
-                    "must see the same folder: name a shared one as reference.cache."
-                )

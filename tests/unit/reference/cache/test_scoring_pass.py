@@ -1,5 +1,6 @@
 """The pass that fills a store: what it scores, in which passes, and what an interruption costs."""
 
+import errno
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,10 @@ from fiducial.data.tokenize import TokenizedGroup
 from fiducial.errors import CacheError, TrainingError
 from fiducial.model.scoring import Scorer
 from fiducial.reference.cache import LogpStore, score_reference, scoring
-from fiducial.reference.cache.passes import cut_passes, look_up, take
+from fiducial.reference.cache.passes import Todo, Unfinished, cut_passes, look_up, take
+from fiducial.reference.endpoint import Endpoint
 from fiducial.reference.identity import Identity
+from fiducial.reference.served import ask_for_missing
 from fiducial.reference.sources import InitialPolicy, Precomputed
 from forks import CONTEXT, fork
 from oracles import naive_token_logps
@@ -267,7 +270,7 @@ def test_records_that_another_machine_kept_to_itself_are_missed(tmp_path: Path) 
     groups, scorer = random_groups(2), policy()
     store = LogpStore(tmp_path, IDENTITY)
     store.flush = store._pending.clear  # what was written cannot be seen from here
-    with pytest.raises(CacheError, match="Every machine must see the same folder"):
+    with pytest.raises(CacheError, match="Every machine must load the same weights and see the same"):
         score_reference(groups, InitialPolicy(scorer), scorer, store, token_budget=500)
 
 
@@ -278,6 +281,55 @@ def _score_as(rank: int, folder: Path, results) -> None:
     score_reference(groups, counting, scorer, store, token_budget=1)
     results.put((rank, counting.sequences, records(store, groups)))
     dist.destroy_process_group()
+
+
+def _read_shortened_as(rank: int, folder: Path, by: str, results) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    groups, scorer = shortened(random_groups(5)), policy()
+    store = LogpStore(folder / "store", IDENTITY)
+    if by == "scoring":
+        assert score_reference(groups, Counting(scorer), scorer, store, token_budget=500) == 0
+    else:
+        assert ask_for_missing(groups, Endpoint("http://nobody.invalid", "name"), store, flush_every=1) == 0
+    results.put((rank, records(store, groups)))
+    dist.destroy_process_group()
+
+
+def shortened(groups: list[TokenizedGroup]) -> list[TokenizedGroup]:
+    return [TokenizedGroup(group.prompt, tuple(c[:1] for c in group.completions[:1])) for group in groups]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["scoring", "asking"])
+def test_every_process_finds_a_shortened_completion_in_the_whole_one(tmp_path: Path, by: str) -> None:
+    score(tmp_path / "store", random_groups(5))
+    results = CONTEXT.Queue()
+    workers = [fork(_read_shortened_as, rank, tmp_path, by, results) for rank in range(2)]
+    (_, first), (_, second) = sorted(results.get(timeout=120) for _ in workers)
+    for worker in workers:
+        worker.join()
+    assert first == second
+    assert all(len(values) == 1 for values in first)
+
+
+def test_what_is_left_of_another_run_is_no_hindrance_in_a_cache_one_may_only_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups = random_groups(4)
+    store, _ = score(tmp_path, groups)
+    todo = Todo([(0, (0,))], look_up(groups, store).dataset)
+    Unfinished.of(store, todo, f"500 {policy().layout}").begin(todo.parts)
+    assert list(tmp_path.glob("*/unfinished-*"))
+
+    def refuse(self: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    reading = policy()
+    assert (
+        score_reference(groups, Counting(reading), reading, LogpStore(tmp_path, IDENTITY), token_budget=500)
+        == 0
+    )
 
 
 @pytest.mark.slow
