@@ -36,9 +36,8 @@ def fill(
         CacheError: Records cannot be written or read.
         TrainingError: A log-prob is not finite.
     """
-    largest = 0.0
+    checks = _compare(store, datasets, reference, scorer)
     for name, groups in datasets.items():
-        checked = spot_check(groups, reference, scorer, store)
         with _bar(console, f"scoring the reference on {name} data") as progress:
             scored = score_reference(
                 groups,
@@ -50,9 +49,8 @@ def fill(
                 flush_every=flush_seconds or FLUSH_SECONDS,
             )
         found = f"{scored} completions scored" if scored else "known from an earlier run"
-        tell_checked(console, name, checked, found)
-        largest = max(largest, checked.max_difference)
-    return largest
+        tell_checked(console, name, checks[name], found)
+    return max((each.max_difference for each in checks.values()), default=0.0)
 
 
 def fill_from_server(
@@ -70,8 +68,8 @@ def fill_from_server(
         CacheError: Records cannot be written or read.
         ModelError: The server does not answer, or answers for other tokens.
     """
+    checks = _compare(store, datasets, reference, scorer)
     for name, groups in datasets.items():
-        checked = spot_check(groups, reference, scorer, store)
         with _bar(console, f"asking the reference for {name} data") as progress:
             asked = ask_for_missing(
                 groups,
@@ -81,7 +79,14 @@ def fill_from_server(
                 progress=progress,
             )
         found = f"{asked} completions scored" if asked else "known from an earlier run"
-        tell_checked(console, name, checked, found)
+        tell_checked(console, name, checks[name], found)
+
+
+def _compare(
+    store: LogpStore, datasets: Mapping[str, Groups], reference: ScoringReference, scorer: Scorer
+) -> dict[str, SpotCheck]:
+    """Look at every dataset's records before any is scored: a file that fails for one may serve another."""
+    return {name: spot_check(groups, reference, scorer, store) for name, groups in datasets.items()}
 
 
 def warn(console: Console, sentence: str) -> None:

@@ -102,6 +102,19 @@ def test_filling_scores_again_what_was_wrong_and_says_so(tmp_path: Path) -> None
     assert "known from an earlier run; 8 records scored again" in console.export_text()
 
 
+def test_a_file_that_fails_for_one_dataset_is_not_missed_by_another(tmp_path: Path) -> None:
+    scorer, console = policy(), Console(quiet=True)
+    scored_by(0, tmp_path, GROUPS[:3])
+    scored_by(1, tmp_path, GROUPS)
+    store = LogpStore(tmp_path, IDENTITY)
+    cut = [TokenizedGroup(group.prompt, tuple(c[:2] for c in group.completions)) for group in GROUPS[:3]]
+    datasets = {"training": cut, "held-out": GROUPS[3:]}
+    fill(store, datasets, InitialPolicy(scorer), scorer, token_budget=300, console=console)
+    assert all(
+        store.get(key) is not None for groups in datasets.values() for group in groups for key in group.keys
+    )
+
+
 def test_half_precision_is_given_its_rounding(tmp_path: Path) -> None:
     model = tiny_model().bfloat16()
     scorer = Scorer(model, layout="padded")
