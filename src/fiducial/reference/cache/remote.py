@@ -46,12 +46,9 @@ class RemoteFolder:
                 continue
             parsed = ShardName.parse(name)
             if parsed is not None and checksum(content) == parsed.checksum:
+                mirror.path.mkdir(parents=True, exist_ok=True)  # it may have been deleted under the run
                 mirror.write(name, content)
         return all_there
-
-    def announce(self, mirror: RecordFolder, name: str) -> None:
-        """Remember, before a file is written here, that it must be sent."""
-        (mirror.path / f"{name}{UNSENT}").touch()
 
     def push(self, mirror: RecordFolder, name: str) -> None:
         """Send a file of the mirror; the manifest goes first, which says whose the records are.

@@ -16,7 +16,7 @@ from fiducial.reference.cache.folder import RecordFolder
 from fiducial.reference.cache.home import Home, Tell
 from fiducial.reference.cache.index import KeyIndex
 from fiducial.reference.cache.names import ShardName
-from fiducial.reference.cache.remote import RemoteFolder
+from fiducial.reference.cache.remote import UNSENT, RemoteFolder
 from fiducial.reference.cache.shards import (
     DamagedShardError,
     Logps,
@@ -141,8 +141,8 @@ class LogpStore:
             return
         content = encode_shard(list(self._pending.values()), self.identity.digest)
         name = str(ShardName.of(memoryview(content), len(self._pending)))
-        if self._remote is not None:
-            self._remote.announce(self._home.shared, name)
+        if self._remote is not None:  # so that a later run sends it if this one cannot
+            self._home.write(f"{name}{UNSENT}", b"")
         self._home.write(name, memoryview(content))
         path = self.home / name
         self._seen.add(path)
@@ -151,7 +151,7 @@ class LogpStore:
         except FileNotFoundError:  # somebody removes the folder while we write; memory has it all
             self._add(Shard.decode(content, path, self.identity.digest))
         self._pending.clear()
-        self._without_stopping(lambda remote: remote.push(self._home.shared, name))
+        self._without_stopping(lambda remote: remote.push(self._home.folder, name))
 
     def forget_unwritten(self) -> None:
         """Drop what `flush` has not written: it is scored again where it is asked for."""

@@ -1,5 +1,8 @@
 """A cache at a URL: in memory, and on an FTP server that the test starts."""
 
+import errno
+import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,6 +18,7 @@ from rich.console import Console
 
 from fiducial.errors import CacheError
 from fiducial.reference.cache import LogpStore, remote
+from fiducial.reference.cache.folder import RecordFolder
 from fiducial.reference.cache.inventory import Inventory
 from fiducial.reference.cache.places import is_remote, local_folder, shown
 from fiducial.reference.identity import Identity
@@ -129,6 +133,37 @@ def test_what_could_not_be_sent_is_kept_and_sent_by_the_next_run(
     open_at(memory, tmp_path / "one")
     assert len(open_at(memory, tmp_path / "three")) == 8
     assert not list(tmp_path.glob("*/*/*.unsent"))
+
+
+def test_a_mirror_deleted_under_a_run_is_made_again(url: str, tmp_path: Path) -> None:
+    told: list[str] = []
+    store = open_at(url, tmp_path / "one", told)
+    fill(store, GROUPS[:2])
+    shutil.rmtree(tmp_path / "one")
+    store.reload()
+    fill(store, GROUPS[2:])
+    assert all(store.missing(group) is None for group in GROUPS), "the run goes on"
+    assert all("cannot be" not in sentence for sentence in told)
+    assert len(open_at(url, tmp_path / "two")) == len(open_at(url, tmp_path / "one")) == 8
+
+
+def test_where_the_mirror_may_only_be_read_records_are_sent_from_the_run_s_own_folder(
+    memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    store = LogpStore(tmp_path / "one", IDENTITY, own=tmp_path / "own", url=memory, tell=told.append)
+    write = RecordFolder.write
+
+    def read_only(self: RecordFolder, name: str, content: bytes) -> None:
+        if self.path.is_relative_to(tmp_path / "one"):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self.path / name))
+        write(self, name, content)
+
+    monkeypatch.setattr(RecordFolder, "write", read_only)
+    fill(store)
+    assert len(told) == 1
+    assert "cannot be written" in told[0]
+    assert len(open_at(memory, tmp_path / "two")) == 8
 
 
 def test_a_file_that_is_not_trusted_is_gone_for_all(memory: str, tmp_path: Path) -> None:
