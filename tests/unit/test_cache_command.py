@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -85,6 +86,24 @@ def test_verify_names_what_is_damaged(cache: Cache, tmp_path: Path, reference_ca
     assert "never used" in result.output
     (file.parent / "identity.json").write_text("{")
     assert "identity.json" in cache("verify").output
+
+
+def test_verify_names_what_is_another_reference_s(
+    cache: Cache, tmp_path: Path, reference_cache: Path
+) -> None:
+    filled(tmp_path)
+    filled(tmp_path, family="qwen2")
+    one, other = (path.parent for path in reference_cache.glob("*/identity.json"))
+    [file] = other.glob("*.arrow")
+    shutil.copy(file, one)
+    result = cache("verify")
+    assert result.exit_code == 2
+    assert f"{one / file.name}: its records are of another reference, {other.name}" in words(result)
+    (one / file.name).unlink()
+    shutil.copy(other / "identity.json", one)
+    result = cache("verify")
+    assert result.exit_code == 2
+    assert f"{one}/identity.json: it is of another reference (0 records)" in words(result)
 
 
 def test_prune_removes_the_oldest_and_what_was_left_over(

@@ -57,12 +57,17 @@ class Identity:
     @property
     def digest(self) -> str:
         """Equal for equal references."""
-        fields = {name: value for name, value in self.as_dict().items() if name not in _TOLD_ONLY}
-        return _hash(json.dumps(fields, sort_keys=True))
+        return digest_of(self.as_dict())
 
     def as_dict(self) -> dict[str, Any]:
         """The identity as plain values, which a folder of records keeps as its manifest."""
         return asdict(self)
+
+
+def digest_of(manifest: Mapping[str, Any]) -> str:
+    """The digest of the identity that `manifest` holds as plain values."""
+    fields = {name: value for name, value in manifest.items() if name not in _TOLD_ONLY}
+    return _hash(json.dumps(fields, sort_keys=True))
 
 
 def identify_served(checkpoint: Checkpoint) -> Identity:

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+import pyarrow as pa
 from fsspec import AbstractFileSystem
 
 from fiducial.reference.cache.filesystems import explained, open_location
 from fiducial.reference.cache.names import ShardName, checksum
 from fiducial.reference.cache.places import MANIFEST, default_cache, is_identity, shown
+from fiducial.reference.identity import digest_of
 
 _LEFTOVER_SECONDS = 24 * 3600
 """A file still being written, or still to be sent, is younger than that."""
@@ -74,11 +76,13 @@ class Inventory:
             for entry in self._list(reference.identity):
                 name = ShardName.parse(_last(entry["name"]))
                 path = f"{self._root}/{reference.identity}/{_last(entry['name'])}"
-                if name is not None and checksum(self._fs.cat_file(path)) != name.checksum:
-                    damages.append(Damage(path, "its content has changed since it was written", name.records))
+                if name is not None and (why := _damage(self._fs.cat_file(path), name, reference.identity)):
+                    damages.append(Damage(path, why, name.records))
+            path = f"{self._root}/{reference.identity}/{MANIFEST}"
             if not reference.manifest:
-                path = f"{self._root}/{reference.identity}/{MANIFEST}"
                 damages.append(Damage(path, "it is missing or cannot be read", 0))
+            elif digest_of(reference.manifest) != reference.identity:
+                damages.append(Damage(path, "it is of another reference", 0))
         return damages
 
     def remove(self, reference: CachedReference) -> None:
@@ -139,6 +143,15 @@ def too_many(references: list[CachedReference], size: int) -> list[CachedReferen
         removed.append(each)
         total -= each.bytes
     return removed
+
+
+def _damage(content: bytes, name: ShardName, identity: str) -> str | None:
+    """What is wrong with a file of records in the folder of the reference `identity`."""
+    if checksum(content) != name.checksum:
+        return "its content has changed since it was written"
+    metadata = pa.ipc.open_file(content).schema.metadata or {}
+    found = metadata.get(b"identity", b"unknown").decode()
+    return None if found == identity else f"its records are of another reference, {found}"
 
 
 def _last(path: str) -> str:
