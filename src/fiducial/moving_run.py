@@ -51,7 +51,13 @@ def let_it_move(run: Run, policy: Policy, judged: ProvedReference) -> Moving | N
     assert run.plan.sync is not None
     assert judged.proof is not None
     sync = ReferenceSync(
-        run.plan.sync, judged.follower, policy.scorer, judged.reference, judged.proof, judged.groups
+        run.plan.sync,
+        judged.follower,
+        policy.scorer,
+        judged.reference,
+        judged.proof,
+        judged.groups,
+        approximate=judged.approximation is not None,
     )
     return Moving(sync, _window(run, policy, judged) if run.plan.writes_through else None)
 

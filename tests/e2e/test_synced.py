@@ -65,6 +65,17 @@ def test_an_adapter_is_copied(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "reference").exists()
 
 
+def test_a_copy_held_in_another_precision_goes_on(tmp_path: Path) -> None:
+    result = train(run(tmp_path, COPY | {"dtype": "bfloat16"}, max_steps=4, num_epochs=None))
+    proof = result.record["proof"]
+    assert [move["step"] for move in proof["moves"]] == [2, 4]
+    assert all(1e-4 < move["distance_to_policy"] < 0.2 for move in proof["moves"]), "bfloat16 rounds"
+    held, policy = (
+        weights(tmp_path / "out" / "checkpoint-4", name) for name in (STATE_FILE, "model.safetensors")
+    )
+    assert all(torch.equal(held[name], value.bfloat16()) for name, value in policy.items())
+
+
 def test_rewards_start_anew_at_a_copy(tmp_path: Path) -> None:
     train(run(tmp_path, COPY, num_epochs=1, lr_scheduler="constant"))
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]

@@ -41,12 +41,18 @@ class ReferenceSync(TrainerCallback):
         reference: Reference,
         proof: Proof,
         groups: Sequence[TokenizedGroup],
+        *,
+        approximate: bool = False,
     ) -> None:
-        """`reference` is the one that moves, and not what keeps its answers."""
+        """`reference` is the one that moves, and not what keeps its answers.
+
+        Where it is `approximate`, held less exactly than the policy, not even a copy answers the same.
+        """
         self.sync, self.follower = sync, follower
         self.policy, self.reference = policy, reference
         self.proof, self.groups = proof, groups
         self.moves: list[Move] = []
+        self._copies_exactly = sync.copies and not approximate
         self._after_move: Callable[[int], None] | None = None
 
     def call_after_move(self, call: Callable[[int], None]) -> None:
@@ -70,7 +76,7 @@ class ReferenceSync(TrainerCallback):
         if state.global_step % self.sync.steps == 0:
             strayed = check_unmoved(self.proof, self.policy, self.reference, self.groups)
             self.follower.move()
-            self._prove(f"after the move at step {state.global_step}", equal=self.sync.copies)
+            self._prove(f"after the move at step {state.global_step}", equal=self._copies_exactly)
             proof = self.proof
             self.moves.append(
                 Move(state.global_step, strayed, proof.max_difference, proof.noise.nats, proof.log_ratios)
