@@ -25,8 +25,11 @@ from fiducial.prepare import (
     score_ahead,
 )
 from fiducial.record_keeping import held_out
+from fiducial.reference.fill import warn
 from fiducial.reference.kept import written_at_the_end
+from fiducial.reference.kinds import Source
 from fiducial.reference.moving import load_moved
+from fiducial.run_record import no_record_note
 from fiducial.training.arguments import training_arguments
 from fiducial.training.budget import choose_token_budget
 from fiducial.training.metrics import ASKED_FOR, METRICS
@@ -63,6 +66,8 @@ def evaluate_finished(finished: FinishedRun, *, console: Console | None = None) 
     console = console or main_console()
     with kept_to_cache(cfg, console):
         run = replace(read_run(cfg, console, trains=False), record=finished.record)
+        if finished.record is None and run.plan.source is not Source.NONE:
+            warn(console, no_record_note(finished.folder))
         return _evaluate(run, finished.folder)
 
 

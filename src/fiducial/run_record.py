@@ -125,6 +125,14 @@ def find_record(folder: Path) -> RunRecord | None:
     return None
 
 
+def no_record_note(folder: Path) -> str:
+    """What is not known of trained weights in `folder` without a record, for people."""
+    return (
+        f"{folder} has no {RECORD_FILE}: whether the reference is the one these weights were trained against "
+        "cannot be told."
+    )
+
+
 def run_id(folder: Path) -> str:
     """Id of the run whose record is in `folder`; empty where none is, or it cannot be read."""
     return str(_glance(folder).get("id", ""))

@@ -19,7 +19,7 @@ from fiducial.reference.describe import plan_report, render_plan
 from fiducial.reference.fill import warn
 from fiducial.reference.memory import estimate_memory
 from fiducial.reference.row_counts import count_data
-from fiducial.run_record import changed_settings
+from fiducial.run_record import changed_settings, no_record_note
 from fiducial.training.arguments import world_size
 from fiducial.training.expected_time import Amount, expected_seconds, products_a_second
 from fiducial.training.metrics import peak_memory, resident_memory
@@ -80,6 +80,7 @@ class RunReport:
         run, then = self.run, self.run.record
         run.console.print(f"Going on from {checkpoint}.", soft_wrap=True)
         if then is None:
+            warn(run.console, no_record_note(checkpoint))
             return
         if changed := changed_settings(then.run, run.cfg):
             warn(run.console, f"settings have changed since that was saved: {'; '.join(changed)}.")

@@ -358,6 +358,18 @@ def test_a_resumed_run_refuses_another_base(tmp_path: Path) -> None:
         train(resumed, console=QUIET)
 
 
+def test_without_its_record_a_run_is_said_to_be_compared_with_nothing_that_is_known(tmp_path: Path) -> None:
+    settings = run_config(tmp_path, val_set_size=2, save_steps=1, max_steps=2)
+    train(settings, console=QUIET)
+    for record in (tmp_path / "out").rglob(RECORD_FILE):
+        record.unlink()
+    console = Console(record=True, width=400, force_terminal=False)
+    evaluate(settings, console=console)
+    assert f"{tmp_path / 'out'} has no run.json: whether the reference" in console.export_text()
+    train(settings | {"max_steps": 3, "auto_resume_from_checkpoints": True}, console=console)
+    assert f"{tmp_path / 'out' / 'checkpoint-2'} has no run.json: whether" in console.export_text()
+
+
 def test_the_record_says_what_was_run_and_gives_no_rows_away(
     finished: Callable[[str], tuple[Path, TrainResult]],
 ) -> None:
