@@ -72,6 +72,7 @@ __all__ = [
     "load_policy",
     "load_second_model",
     "main_console",
+    "measure_error",
     "prove",
     "read_run",
     "score_ahead",
@@ -132,7 +133,7 @@ def prove(
             # Weights are hashed once, and by other processes only where they open the records by it.
             if is_first_process() or run.plan.writes_through:
                 identity = identify_unchanged(run, second or policy.scorer)
-    approximation = _measured(run, policy, reference, groups)
+    approximation = measure_error(run, policy, reference, groups)
     with all_or_none():
         proof = prove_reference(
             policy.scorer,
@@ -163,10 +164,14 @@ def _second_model(run: Run, policy: Policy, device: torch.device) -> Scorer | No
     return second
 
 
-def _measured(
+def measure_error(
     run: Run, policy: Policy, reference: Reference, groups: list[TokenizedGroup]
 ) -> Approximation | None:
-    """The error of a reference that is held less exactly than the policy; None where it is not."""
+    """The error of a reference that is held less exactly than the policy; None where it is not.
+
+    Raises:
+        TrainingError: it is so large that this is another model.
+    """
     how = run.plan.approximate
     if how is None:
         return None

@@ -25,9 +25,11 @@ from fiducial.prepare import (
     load_policy,
     load_second_model,
     main_console,
+    measure_error,
     read_run,
     typical_groups,
 )
+from fiducial.reference.approximation import Approximation
 from fiducial.reference.cache.inventory import Inventory
 from fiducial.reference.cache.opening import open_store
 from fiducial.reference.differences import differences
@@ -75,14 +77,16 @@ def _verify(run: Run) -> Findings:
     groups = typical_groups(run.data.sample)
     if run.plan.source is Source.ADAPTER_OFF:
         require_adapter_off(loaded.policy.scorer, groups)
+    approximation = measure_error(run, loaded.policy, loaded.reference, groups)
     proof = prove_reference(
         loaded.policy.scorer,
         loaded.reference,
         groups,
-        expected_equal=run.plan.equals_starting_policy,
+        expected_equal=run.plan.equals_starting_policy and approximation is None,
         pass_tokens=loaded.policy.micro_batch_tokens,
     )
-    findings = {"weights": _as_in_files(loaded)} | _figures(proof, run.plan) | cached_records(loaded)
+    findings = {"weights": _as_in_files(loaded)} | _figures(proof, run.plan, approximation)
+    findings |= cached_records(loaded)
     return tell_findings(run.console, run.plan, findings)
 
 
@@ -115,12 +119,15 @@ def _as_in_files(loaded: Loaded) -> str:
     return f"{loaded.identity.digest[:12]}, loaded bit for bit as in {loaded.identity.checkpoint}"
 
 
-def _figures(proof: Proof, plan: ReferencePlan) -> Findings:
+def _figures(proof: Proof, plan: ReferencePlan, approximation: Approximation | None) -> Findings:
     spread = proof.log_ratios
     verdict = f"equal: at most {proof.max_difference:.2g} nats a token apart"
     if not plan.equals_starting_policy:
         verdict = f"another policy, as asked: up to {proof.max_difference:.3g} nats a token apart"
-    return {
+    elif approximation is not None:
+        verdict = f"equal but for the approximation: up to {proof.max_difference:.3g} nats a token apart"
+    error = {} if approximation is None else {"approximation": approximation.sentence()}
+    return error | {
         "policy and reference": f"{verdict}, on {proof.num_tokens} tokens",
         "policy − reference, a token": _quantiles(spread.per_token),
         "the same, a completion": _quantiles(spread.per_sequence),

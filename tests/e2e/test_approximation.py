@@ -9,6 +9,7 @@ from rich.console import Console
 from fiducial.errors import TrainingError
 from fiducial.reference.approximation import LARGEST_MEAN
 from fiducial.train import train
+from fiducial.verification import verify
 from quantised import save_checkpoints, short_run
 
 
@@ -59,6 +60,18 @@ def test_an_approximation_is_measured_told_and_kept(
     # A named model differs from the policy by more than by how it is held.
     difference = result.record["proof"]["max_difference"]
     assert (difference == pytest.approx(measured["max_difference"], abs=1e-5)) == (not named)
+
+
+def test_verify_measures_it_before_training(tmp_path: Path, checkpoints: Path, quiet: Console) -> None:
+    for schedule in ("live", "precomputed"):
+        reference = {"source": "separate_model", "schedule": schedule, "dtype": "bfloat16"}
+        found = verify(short_run(tmp_path, checkpoints, {"reference": reference}), console=quiet)
+        assert "held in bfloat16: on" in found["approximation"]
+        assert found["policy and reference"].startswith("equal but for the approximation: up to 0.")
+    other = {"model": str(checkpoints / "other"), "schedule": "live", "dtype": "bfloat16"}
+    found = verify(short_run(tmp_path, checkpoints, {"reference": other}), console=quiet)
+    assert "held in bfloat16: on" in found["approximation"]
+    assert found["policy and reference"].startswith("another policy, as asked")
 
 
 def test_an_exact_reference_is_no_approximation(tmp_path: Path, checkpoints: Path, quiet: Console) -> None:
