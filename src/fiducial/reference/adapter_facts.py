@@ -15,6 +15,8 @@ from fiducial.reference.checkpoint import (
 
 _BASE_KEY = {"lora_model_dir": "base_model", "reference.adapter": "reference.model"}
 _PREFIX = "base_model.model."
+DRAWN_INIT = "pissa_niter"
+"""How the name of a start begins that PEFT draws anew, and otherwise, whenever the adapter is loaded."""
 _HEADS = ("lm_head", "embed_out")
 _FACTORS = ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B"))
 

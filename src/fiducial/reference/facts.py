@@ -11,7 +11,7 @@ from typing import Any
 
 from fiducial.config.schema import RunConfig
 from fiducial.errors import ModelError
-from fiducial.reference.adapter_facts import AdapterFacts, check_adapter_fits, read_adapter_facts
+from fiducial.reference.adapter_facts import DRAWN_INIT, AdapterFacts, check_adapter_fits, read_adapter_facts
 from fiducial.reference.checkpoint import (
     CheckpointFiles,
     TensorFact,
@@ -101,11 +101,23 @@ def _adapter_facts(
     if location is None:
         return None, None
     adapter = read_adapter_facts(location, key, allow_pickle=cfg.model.allow_pickle_weights)
+    _require_split_again(adapter)
     stored = base.tensors if base.shapes_are_exact else None
     note = check_adapter_fits(adapter, base.location, stored, tied=base.tied_embeddings)
     if note is not None and key == "reference.adapter":
         _require_its_base(adapter, base)
     return adapter, note
+
+
+def _require_split_again(adapter: AdapterFacts) -> None:
+    """Refuse an adapter whose base was split by random numbers: when it is loaded, it is split anew."""
+    if str(adapter.init_lora_weights).startswith(DRAWN_INIT):
+        raise ModelError(
+            f"{adapter.key}: {adapter.location} began with init_lora_weights: {adapter.init_lora_weights}, "
+            "which splits the base weights by random numbers that are not saved. Loaded again it is "
+            "another policy than was trained. Name the merged model instead: fiducial merge, of the run that "
+            "trained it."
+        )
 
 
 def _require_its_base(adapter: AdapterFacts, base: ModelFacts) -> None:

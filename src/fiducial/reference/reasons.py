@@ -1,6 +1,7 @@
 """What a plan tells its user: why this reference, what to watch for, and what to write instead."""
 
 from fiducial.config.schema import RunConfig
+from fiducial.reference.adapter_facts import DRAWN_INIT
 from fiducial.reference.facts import Facts
 from fiducial.reference.holding import why_approximate
 from fiducial.reference.kinds import Schedule, Source
@@ -53,6 +54,12 @@ def notes(cfg: RunConfig, facts: Facts, source: Source) -> tuple[str, ...]:
     if cfg.adapter is not None and cfg.adapter.bias != "none" and facts.model.has_biases is False:
         found.append(
             "This checkpoint's linear layers have no biases, so the adapter's bias setting trains none."
+        )
+    if cfg.adapter is not None and str(cfg.adapter.init_lora_weights).startswith(DRAWN_INIT):
+        found.append(
+            f"peft_init_lora_weights: {cfg.adapter.init_lora_weights} splits the base by random numbers that "
+            "no adapter file holds: loaded with PEFT, the trained one is another model. Use what fiducial "
+            "merge makes of it, or write pissa."
         )
     return (*found, *_vocabularies(facts), *facts.notes)
 

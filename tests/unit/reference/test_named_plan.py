@@ -64,7 +64,7 @@ def test_an_adapter_on_the_policys_base_is_held_beside_its_own_where_that_is_exa
     assert decision(plan(ADAPTER | {"schedule": "live"}, adapter=adapter)) == (source, LIVE)
 
 
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "orthogonal", "loftq"])
+@pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal", "loftq"])
 def test_a_named_adapter_that_rewrites_the_base_is_not_put_under_the_policy(
     tmp_path: Path, init: str
 ) -> None:
@@ -80,6 +80,22 @@ def test_a_named_adapter_that_rewrites_the_base_is_not_put_under_the_policy(
         PlanError, match=rf"the reference's adapter \({init}\) rewrites the base weights below"
     ):
         plan_reference(asked, gather_facts(asked))
+
+
+@pytest.mark.parametrize("key", ["lora_model_dir", "reference.adapter"])
+def test_an_adapter_whose_base_is_split_otherwise_each_time_is_refused(tmp_path: Path, key: str) -> None:
+    base = save_checkpoint(tmp_path / "base")
+    sft = str(save_adapter(tmp_path / "sft", base, init_lora_weights="pissa_niter_4"))
+    named: dict[str, Any] = {"reference": {"adapter": sft}} if "." in key else {key: sft}
+    cfg = validate_config({"base_model": str(base), "rl": "dpo", "adapter": "lora"} | named)
+    with pytest.raises(ModelError, match=rf"{key}: .*pissa_niter_4, which splits .*Name the merged model"):
+        gather_facts(cfg)
+    begun = run(adapter={"init_lora_weights": "pissa_niter_4"})
+    assert any(
+        "Use what fiducial merge makes" in note for note in plan_reference(begun, facts_of(begun)).notes
+    )
+    plain = run(adapter={"init_lora_weights": "pissa"})
+    assert not any("fiducial merge" in note for note in plan_reference(plain, facts_of(plain)).notes)
 
 
 def test_the_adapter_the_run_resumes_is_the_start() -> None:
