@@ -128,6 +128,8 @@ def _numeric_settings(model: nn.Module, adapter: str | None) -> dict[str, Any]:
     if adapter is not None and isinstance(model, PeftModel):
         held = model.peft_config[adapter].to_dict()
         settings["adapter"] = {name: held.get(name) for name in _ADAPTER_FIELDS}
+        if rows := held.get("trainable_token_indices"):  # which rows those are, no tensor says
+            settings["adapter"]["trainable_token_indices"] = rows
     return settings
 
 

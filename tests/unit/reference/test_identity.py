@@ -26,6 +26,17 @@ def fingerprints_with(**adapter: object) -> tuple[str, str]:
     return fingerprint(model, with_adapter=False), fingerprint(model)
 
 
+def token_rows(*indices: int) -> str:
+    """The fingerprint where an adapter replaces those tokens' embeddings by the same numbers."""
+    cfg = AdapterConfig(kind="lora", r=4, trainable_token_indices=indices)
+    torch.manual_seed(0)
+    model = new_adapter(tiny_model(), cfg, float32=True)
+    for name, rows in model.named_parameters():
+        if "trainable_tokens_delta" in name:
+            torch.nn.init.ones_(rows)
+    return fingerprint(model)
+
+
 def test_the_base_under_any_adapter_is_the_base() -> None:
     plain = fingerprint(tiny_model())
     for adapter in ({}, {"r": 2}, {"modules_to_save": ("lm_head",)}, {"trainable_token_indices": (1, 2)}):
@@ -44,6 +55,7 @@ def test_what_changes_the_answers_changes_the_fingerprint() -> None:
     _, first = fingerprints_with(alpha=8)
     _, second = fingerprints_with(alpha=16)
     assert first != second
+    assert token_rows(1, 2) != token_rows(1, 3)
     renamed = tiny_model()
     renamed.config.pad_token_id, renamed.config._name_or_path = 3, "elsewhere"
     assert fingerprint(renamed) == plain
