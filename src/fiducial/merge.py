@@ -7,6 +7,7 @@ merged into the base as it was before quantisation, as is usual: the quantised o
 from pathlib import Path
 
 from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
 
 from fiducial.config.schema import AdapterConfig, RunConfig
 from fiducial.errors import ConfigError, ModelError
@@ -76,7 +77,7 @@ def _merge(cfg: RunConfig, output: Path | None) -> Path:
     run = cfg.model_copy(update={"model": model_cfg, "adapter": adapter, "tokenizer": tokenizer_cfg})
 
     tokenizer = load_tokenizer(run)
-    _require_base_of_then(cfg, trained)
+    _require_base_of_then(cfg, trained, tokenizer)
     policy, _ = ModelLoader(run, tokenizer).load()
     assert isinstance(policy, PeftModel)
     merged = policy.merge_and_unload(safe_merge=True)
@@ -96,7 +97,7 @@ def _trained_adapter(cfg: RunConfig, trained: Path) -> AdapterConfig:
     return cfg.adapter.model_copy(update={"path": str(trained)})
 
 
-def _require_base_of_then(cfg: RunConfig, trained: Path) -> None:
+def _require_base_of_then(cfg: RunConfig, trained: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise `ModelError` where the base's files are not those the adapter was trained on, as far as known.
 
     `run.json` knows the base by itself where the reference was the policy with its adapter off.
@@ -107,7 +108,7 @@ def _require_base_of_then(cfg: RunConfig, trained: Path) -> None:
     plan = plan_reference(finished.cfg, gather_facts(finished.cfg))
     if plan.source is not Source.ADAPTER_OFF:
         return
-    now = predict_identity(finished.cfg, plan, load_tokenizer(finished.cfg))
+    now = predict_identity(finished.cfg, plan, tokenizer)
     if now is not None:
         require_same_reference(finished.record, now.as_dict())
 
