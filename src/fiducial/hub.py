@@ -19,12 +19,11 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import Request, build_opener, getproxies, proxy_bypass
 
+from fiducial.config.file_kinds import KINDS
 from fiducial.config.schema import RunConfig
 
 SECONDS = 3.0
 """Several times what a slow line needs; a name that the resolver waits for counts too."""
-_FILE_KINDS = ("json", "csv", "parquet", "arrow")
-"""What a dataset's path may be beside `data_files`: the kind of those files."""
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 _FOUND: ContextVar[str | None] = ContextVar("found", default=None)
 """Why it was we who set HF_HUB_OFFLINE, and not the user."""
@@ -147,5 +146,5 @@ def _locations(cfg: RunConfig) -> list[str]:
         named.append(cfg.adapter.path)
     if cfg.data is not None:
         sets = (*cfg.data.datasets, *cfg.data.test_datasets)
-        named += [each.path for each in sets if not (each.data_files and each.path in _FILE_KINDS)]
+        named += [each.path for each in sets if not (each.data_files and each.path in KINDS)]
     return [location for location in named if location is not None]

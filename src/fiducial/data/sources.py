@@ -15,18 +15,11 @@ import datasets
 from datasets import Dataset, DatasetDict, IterableDataset
 
 from fiducial import compat
+from fiducial.config.file_kinds import KIND_OF, KINDS
 from fiducial.config.schema import DatasetConfig
 from fiducial.data.unreadable import explained, local_files, quiet
 from fiducial.errors import ConfigError, DataError
 
-BUILDERS = {
-    ".jsonl": "json",
-    ".json": "json",
-    ".ndjson": "json",
-    ".csv": "csv",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-}
 COMPRESSIONS = frozenset({".gz", ".zst", ".bz2", ".xz"})
 
 Rows = TypeVar("Rows", Dataset, IterableDataset)
@@ -68,7 +61,7 @@ def open_saved(config: DatasetConfig, where: str) -> Dataset | DatasetDict | Non
 
 def load(arguments: dict[str, Any], **how: Any) -> Any:
     """`load_dataset`, which tells nobody of files that it is given."""
-    given_files = arguments["path"] in BUILDERS.values()
+    given_files = arguments["path"] in KINDS
     with compat.reading_uncounted() if given_files else nullcontext():
         return datasets.load_dataset(**arguments, **how)
 
@@ -91,7 +84,7 @@ def _target(config: DatasetConfig, path: Path, where: str, place: str) -> tuple[
     if path.is_file() or "://" in config.path:
         _refuse(config, where, ("name", "data_files", "revision"), "a single file")
         return _builder(config, where), str(path) if path.is_file() else config.path
-    if config.path in BUILDERS.values() and files:
+    if config.path in KINDS and files:
         _refuse(config, where, ("name", "revision"), "local files")
         if config.ds_type not in (None, config.path):
             raise ConfigError(
@@ -121,8 +114,8 @@ def _check_folder(path: Path, files: Any, config: DatasetConfig, where: str) -> 
         raise DataError(f"{where}.data_files: '{missing[0]}' is not in the folder '{config.path}'.")
     if files or config.ds_type or (path / "README.md").is_file():
         return
-    endings = {file.suffix for file in path.rglob("*") if file.suffix in BUILDERS}
-    if len({BUILDERS[ending] for ending in endings}) > 1:
+    endings = {file.suffix for file in path.rglob("*") if file.suffix in KIND_OF}
+    if len({KIND_OF[ending] for ending in endings}) > 1:
         raise DataError(
             f"{where}.path: the folder '{config.path}' holds {', '.join(sorted(endings))} files, and only "
             f"those of one kind can be read together. Pick some with {where}.data_files."
@@ -133,16 +126,16 @@ def _builder(config: DatasetConfig, where: str) -> str:
     if config.ds_type is not None:
         return config.ds_type
     suffixes = [suffix for suffix in Path(config.path).suffixes if suffix not in COMPRESSIONS]
-    if suffixes and suffixes[-1] in BUILDERS:
-        return BUILDERS[suffixes[-1]]
+    if suffixes and suffixes[-1] in KIND_OF:
+        return KIND_OF[suffixes[-1]]
     raise DataError(
         f"{where}.path: '{config.path}' does not say what it holds; known endings are "
-        f"{', '.join(BUILDERS)}, alone or compressed. Set {where}.ds_type to json, csv, parquet or arrow."
+        f"{', '.join(KIND_OF)}, alone or compressed. Set {where}.ds_type to json, csv, parquet or arrow."
     )
 
 
 def _looks_like_a_file(path: str) -> bool:
-    endings = BUILDERS.keys() | COMPRESSIONS
+    endings = KIND_OF.keys() | COMPRESSIONS
     return path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).suffix in endings
 
 

@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from fiducial.config.file_kinds import KIND_OF, KINDS
 from fiducial.config.schema import DatasetConfig, RunConfig
 from fiducial.data.formats.shape import look_at
 
@@ -95,7 +96,7 @@ def _local_files(config: DatasetConfig) -> Sequence[tuple[Path, str]] | None:
     if path.is_file():
         return [(path, _kind(path, config))]
     names = [config.data_files] if isinstance(config.data_files, str) else list(config.data_files or ())
-    if names and config.path in _LOOKS and not path.exists():
+    if names and config.path in KINDS and not path.exists():
         files = [Path(name).expanduser() for name in names]
         return [(file, config.path) for file in files] if all(file.is_file() for file in files) else None
     if not path.is_dir():
@@ -109,7 +110,7 @@ def _local_files(config: DatasetConfig) -> Sequence[tuple[Path, str]] | None:
 
 
 def _kind(path: Path, config: DatasetConfig) -> str:
-    return config.ds_type or {"jsonl": "json", "ndjson": "json"}.get(path.suffix[1:], path.suffix[1:])
+    return config.ds_type or KIND_OF.get(path.suffix, "")
 
 
 @dataclass(frozen=True, slots=True)
