@@ -7,13 +7,15 @@ was written. It is never resumed from; the complete one before it is.
 import errno
 import json
 import re
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fiducial.errors import ConfigError, FiducialError, TrainingError
+from fiducial.errors import ConfigError, FiducialError, ModelError, TrainingError
+from fiducial.reference.checkpoint import CheckpointFiles, read_sharded_tensor_facts
 from fiducial.run_record import run_id
 
 _FULL_DISK_WORDS = (
@@ -30,6 +32,10 @@ WHOLE_WEIGHTS = (
 )
 SHARDED_WEIGHTS = ("pytorch_model_fsdp.bin", "pytorch_model_fsdp_0")
 """What a run with `fsdp_version` resumes from, for each `state_dict_type`; whole weights may lie beside."""
+_CONFIGS = ("config.json", "adapter_config.json")
+_OPTIMIZER = ("optimizer.pt",)
+_SHARDED_OPTIMIZER = ("optimizer.bin", "optimizer_0")
+"""Without its state transformers starts optimizer and schedule anew, and says nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +48,15 @@ class Launch:
 
 def read_state(checkpoint: Path) -> dict[str, Any] | None:
     """The trainer's state saved in `checkpoint`, or None where it is missing or cut off."""
+    return _read_json(checkpoint / STATE_FILE)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        state: dict[str, Any] = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return state
+    return content
 
 
 def saved_callback_states(checkpoint: Path) -> dict[str, dict[str, Any]]:
@@ -57,16 +67,19 @@ def saved_callback_states(checkpoint: Path) -> dict[str, dict[str, Any]]:
 
 
 def missing_from(checkpoint: Path, launch: Launch = Launch()) -> list[str]:
-    """What `checkpoint` lacks for an exact resume by `launch`; empty where it is complete."""
+    """What `checkpoint` lacks for an exact resume by `launch`; empty where it is complete.
+
+    A file that was cut short counts as missing: copying it was interrupted, or the power failed.
+    """
     states = (
         ["rng_state.pth"]
         if launch.num_processes == 1
         else [f"rng_state_{rank}.pth" for rank in range(launch.num_processes)]
     )
-    missing = [name for name in ("scheduler.pt", *states) if not (checkpoint / name).is_file()]
-    if read_state(checkpoint) is None:
-        missing.append(STATE_FILE)
-    return missing + _missing_weights(checkpoint, launch)
+    missing = [name for name in ("scheduler.pt", *states) if not _is_whole(checkpoint / name)]
+    written = (name for name in _CONFIGS if (checkpoint / name).exists())
+    missing += [name for name in (*written, STATE_FILE) if _read_json(checkpoint / name) is None]
+    return missing + (_missing_weights(checkpoint, launch) or _missing_optimizer(checkpoint, launch))
 
 
 def _missing_weights(checkpoint: Path, launch: Launch) -> list[str]:
@@ -77,7 +90,27 @@ def _missing_weights(checkpoint: Path, launch: Launch) -> list[str]:
         return ["weights"]
     if sharded != launch.sharded:
         return [f"weights saved {'with' if launch.sharded else 'without'} fsdp_version"]
-    return []
+    return [] if launch.sharded or _has_whole_weights(checkpoint) else ["whole weights"]
+
+
+def _has_whole_weights(checkpoint: Path) -> bool:
+    files = CheckpointFiles("resume_from_checkpoint", str(checkpoint), None, checkpoint)
+    try:
+        for name in ("model", "adapter_model"):
+            read_sharded_tensor_facts(files, name)
+    except ModelError:  # it says which file and why; here another checkpoint is looked for
+        return False
+    return True
+
+
+def _missing_optimizer(checkpoint: Path, launch: Launch) -> list[str]:
+    names = _SHARDED_OPTIMIZER if launch.sharded else _OPTIMIZER
+    return [] if any(_is_whole(checkpoint / name) for name in names) else [names[0]]
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether torch saved `path` to its end: a zip archive's last bytes list what is in it."""
+    return path.is_dir() or zipfile.is_zipfile(path)
 
 
 def last_complete(output_dir: Path, launch: Launch = Launch()) -> Path | None:
@@ -126,7 +159,7 @@ def to_resume(
 
 def _require_complete(path: Path, launch: Launch, *, key: str) -> None:
     if missing := missing_from(path, launch):
-        lacks = f"lacks {', '.join(missing)}" if path.is_dir() else "is not there"
+        lacks = f"lacks {_named(path, missing)}" if path.is_dir() else "is not there"
         instead = last_complete(path.parent, launch)
         advice = (
             f"Use resume_from_checkpoint: {instead}."
@@ -139,6 +172,10 @@ def _require_complete(path: Path, launch: Launch, *, key: str) -> None:
         )
 
 
+def _named(checkpoint: Path, missing: list[str]) -> str:
+    return ", ".join(f"a whole {name}" if (checkpoint / name).exists() else name for name in missing)
+
+
 @contextmanager
 def full_disk_explained(output_dir: Path, launch: Launch = Launch()) -> Iterator[None]:
     """Turn a write that failed for want of space into a `TrainingError` that says where and what to do."""
@@ -147,7 +184,7 @@ def full_disk_explained(output_dir: Path, launch: Launch = Launch()) -> Iterator
     except FiducialError:  # it says already what cannot be written, and where
         raise
     except Exception as error:  # every writer has its own exception type; all others pass on unchanged
-        if not _is_full_disk(error):
+        if not is_full_disk(error):
             raise
         good = last_complete(output_dir, launch)
         resume = f" Then resume with resume_from_checkpoint: {good}." if good is not None else ""
@@ -158,10 +195,13 @@ def full_disk_explained(output_dir: Path, launch: Launch = Launch()) -> Iterator
         ) from error
 
 
-def _is_full_disk(error: BaseException) -> bool:
-    """By error number where there is one; safetensors and torch's zip writer only have words."""
+def is_full_disk(error: BaseException) -> bool:
+    """Whether a write failed for want of space.
+
+    By error number where there is one; safetensors and torch's zip writer only have words.
+    """
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     if any(words in str(error) for words in _FULL_DISK_WORDS):
         return True
-    return error.__context__ is not None and _is_full_disk(error.__context__)
+    return error.__context__ is not None and is_full_disk(error.__context__)

@@ -5,7 +5,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from fiducial.errors import ConfigError, TrainingError
 from fiducial.training.checkpoints import (
@@ -21,16 +23,19 @@ def write_checkpoint(folder: Path, step: int, *, without: str = "", processes: i
     path = folder / f"checkpoint-{step}"
     path.mkdir(parents=True)
     states = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
-    for name in ("model.safetensors", "scheduler.pt", "optimizer.pt", *states):
+    for name in ("scheduler.pt", "optimizer.pt", *states):
         if name != without:
-            (path / name).write_bytes(b"x")
+            torch.save({"step": step}, path / name)
+    if without != "model.safetensors":
+        save_file({"weight": torch.ones(3)}, path / "model.safetensors")
+    (path / "config.json").write_text("{}")
     if without != "trainer_state.json":
         (path / "trainer_state.json").write_text(json.dumps({"global_step": step}))
     return path
 
 
 @pytest.mark.parametrize(
-    "missing", ["trainer_state.json", "rng_state.pth", "scheduler.pt", "model.safetensors"]
+    "missing", ["trainer_state.json", "rng_state.pth", "scheduler.pt", "optimizer.pt", "model.safetensors"]
 )
 def test_a_checkpoint_cut_off_while_written_is_passed_over(tmp_path: Path, missing: str) -> None:
     good = write_checkpoint(tmp_path, 9)
@@ -43,6 +48,20 @@ def test_a_torn_state_file_counts_as_missing(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path, 5)
     (path / "trainer_state.json").write_text('{"global_step": 5, "log_his')
     assert missing_from(path) == ["trainer_state.json"]
+
+
+@pytest.mark.parametrize(
+    "name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors", "config.json"]
+)
+@pytest.mark.parametrize("left", [0, -1])
+def test_a_checkpoint_with_a_file_cut_short_is_passed_over(tmp_path: Path, name: str, left: int) -> None:
+    good = write_checkpoint(tmp_path, 9)
+    file = write_checkpoint(tmp_path, 10) / name
+    file.write_bytes(file.read_bytes()[:left])
+    assert to_resume(None, auto=True, output_dir=tmp_path) == good
+    whole = "whole weights" if name == "model.safetensors" else f"a whole {name}"
+    with pytest.raises(ConfigError, match=rf"it lacks {whole}\. Use resume_from_checkpoint: .*checkpoint-9"):
+        to_resume(str(file.parent), auto=False, output_dir=tmp_path)
 
 
 def test_steps_are_compared_as_numbers(tmp_path: Path) -> None:
@@ -105,6 +124,9 @@ def test_only_a_sharded_run_resumes_from_shards(tmp_path: Path, weights: str) ->
     with pytest.raises(ConfigError, match="lacks weights saved with fsdp_version"):
         to_resume(str(path), auto=False, output_dir=tmp_path, launch=Launch(2, sharded=True))
     (path / weights).write_bytes(b"x")
+    with pytest.raises(ConfigError, match=r"lacks optimizer\.bin"):
+        to_resume(str(path), auto=False, output_dir=tmp_path, launch=Launch(2, sharded=True))
+    (path / "optimizer_0").mkdir()
     assert last_complete(tmp_path, Launch(2, sharded=True)) == path
     with pytest.raises(ConfigError, match="lacks weights saved without fsdp_version"):
         to_resume(str(path), auto=False, output_dir=tmp_path, launch=Launch(2))
