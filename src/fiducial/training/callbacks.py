@@ -2,9 +2,11 @@
 
 import json
 import math
+import os
 import signal
 import threading
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol, runtime_checkable
@@ -189,6 +191,9 @@ class Interrupted(KeyboardInterrupt):
     """The run was asked to stop, and did so after saving a checkpoint."""
 
 
+_STOPPING = b"\nStopping after this step, with a checkpoint. Ctrl-C again stops at once, without one.\n"
+
+
 class Interruption(TrainerCallback):
     """Ctrl-C or SIGTERM saves a checkpoint after the current step and stops; a second one acts at once."""
 
@@ -223,6 +228,10 @@ class Interruption(TrainerCallback):
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
         self.release()
+        if os.environ.get("RANK", "0") == "0":
+            # Not by `print`: the signal may have come while Python was writing, and cannot write in between.
+            with suppress(OSError):  # nobody reads it
+                os.write(2, _STOPPING)
 
     def _agreed(self, device: torch.device) -> bool:
         if not (dist.is_initialized() and dist.get_world_size() > 1):

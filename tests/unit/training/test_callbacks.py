@@ -77,7 +77,9 @@ class SignalAt(TrainerCallback):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_the_step_saves_and_stops(tmp_path: Path, number: int) -> None:
+def test_a_signal_finishes_the_step_saves_and_stops(
+    tmp_path: Path, number: int, capfd: pytest.CaptureFixture[str]
+) -> None:
     before = signal.getsignal(number)
     interruption = Interruption()
     trainer = build_trainer(tmp_path, callbacks=[interruption, SignalAt(1, number)])
@@ -85,6 +87,8 @@ def test_a_signal_finishes_the_step_saves_and_stops(tmp_path: Path, number: int)
     assert interruption.stopped_at == trainer.state.global_step == 2
     assert (tmp_path / "checkpoint-2" / "trainer_state.json").is_file()
     assert signal.getsignal(number) is before
+    told = "Stopping after this step, with a checkpoint. Ctrl-C again stops at once"
+    assert capfd.readouterr().err.count(told) == 1
 
 
 @pytest.fixture
