@@ -170,7 +170,7 @@ def merge(
 ) -> None:
     """Merge a trained LoRA adapter into its base model."""
     with _reporting(debug):
-        target = Path(output) if output else None
+        target = Path(output).expanduser() if output else None
         if _is_folder(run):
             finished = _find_finished(run, overrides)
             with _loading():

@@ -1,8 +1,8 @@
 """Reads a run: YAML or a mapping, checked as a whole, into one typed `RunConfig`.
 
 Every mistake is found before any is reported, and each is one line: where, key and value, why, what to write
-instead. `key: null` and an absent key are the same. Paths stay as the user wrote them: relative to the
-working directory.
+instead. `key: null` and an absent key are the same. Paths stay as the user wrote them, relative to the
+working directory; only `~` becomes the user's home.
 """
 
 from collections.abc import Mapping, Sequence

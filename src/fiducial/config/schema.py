@@ -4,9 +4,10 @@
 decision (and not a neutral value) says why beside it.
 """
 
+from os.path import expanduser
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from fiducial.config.methods import AnyMethod
 from fiducial.config.section import Section
@@ -18,12 +19,14 @@ SourceChoice = Literal[
     "auto", "none", "adapter_off", "frozen_adapter", "separate_model", "initial_policy", "endpoint"
 ]
 ScheduleChoice = Literal["auto", "live", "precomputed", "synced"]
+Location = Annotated[str, AfterValidator(expanduser)]
+"""A path, whose `~` is the user's home, or a hub name."""
 
 
 class ModelConfig(Section):
     """The checkpoint the policy starts from, and how it is held."""
 
-    base_model: str = Field(min_length=1)
+    base_model: Location = Field(min_length=1)
     """A local folder or a hub name."""
     revision: str | None = None
     trust_remote_code: bool = False
@@ -67,7 +70,7 @@ class ModelConfig(Section):
 class TokenizerConfig(Section):
     """The tokenizer, its special tokens, and the chat template."""
 
-    path: str | None = None
+    path: Location | None = None
     """Where the tokenizer is, if not beside the base model."""
     use_fast: bool = True
     special_tokens: dict[str, str] = Field(default_factory=dict)
@@ -88,7 +91,7 @@ class AdapterConfig(Section):
     """A PEFT adapter: a new one, or one to continue."""
 
     kind: Literal["lora", "qlora"]
-    path: str | None = None
+    path: Location | None = None
     """An existing adapter to resume (`lora_model_dir`): local folder or hub name."""
     r: PositiveInt = 8
     alpha: PositiveInt = 16
@@ -119,10 +122,10 @@ class ReferenceConfig(Section):
 
     source: SourceChoice = "auto"
     schedule: ScheduleChoice = "auto"
-    model: str | None = Field(default=None, min_length=1)
+    model: Location | None = Field(default=None, min_length=1)
     """Another checkpoint to compare with, instead of the starting policy; with `endpoint` its name there."""
     revision: str | None = None
-    adapter: str | None = Field(default=None, min_length=1)
+    adapter: Location | None = Field(default=None, min_length=1)
     """An adapter that belongs to the reference: local folder or hub name."""
     endpoint: str | None = Field(default=None, min_length=1)
     """URL of an OpenAI-compatible server that answers with the log-probs of given tokens."""
@@ -255,7 +258,7 @@ class DistributedConfig(Section):
 class OutputConfig(Section):
     """What is written where, and when."""
 
-    output_dir: str = "./model-out"
+    output_dir: Location = "./model-out"
     save_strategy: Literal["no", "steps", "epoch", "best"] = "epoch"
     save_steps: PositiveFloat | None = None
     saves_per_epoch: PositiveInt | None = None
@@ -264,7 +267,7 @@ class OutputConfig(Section):
     logging_steps: PositiveFloat | None = None
     log_entropy: bool = False
     """Also log the policy's entropy at the tokens it is scored on."""
-    resume_from_checkpoint: str | None = None
+    resume_from_checkpoint: Location | None = None
     auto_resume: bool = False
     hub_model_id: str | None = None
     hub_strategy: str = "every_save"

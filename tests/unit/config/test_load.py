@@ -234,3 +234,29 @@ def test_reading_a_run_imports_no_torch(tmp_path: Path) -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_a_tilde_is_the_users_home_wherever_a_folder_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    settings = {
+        "base_model": "~/base",
+        "tokenizer_config": "~/tokenizer",
+        "adapter": "lora",
+        "lora_model_dir": "~/adapter",
+        "rl": "dpo",
+        "reference": {"model": "~/reference", "adapter": "~/its-adapter"},
+        "output_dir": "~/out",
+        "resume_from_checkpoint": "~/out/checkpoint-1",
+    }
+    run = validate_config(settings)
+    assert run.adapter is not None
+    found = {
+        *(run.model.base_model, run.tokenizer.path, run.adapter.path),
+        *(run.reference.model, run.reference.adapter),
+        *(run.output.output_dir, run.output.resume_from_checkpoint),
+    }
+    names = "base tokenizer adapter reference its-adapter out out/checkpoint-1"
+    assert found == {str(tmp_path / name) for name in names.split()}
+    assert validate_config({"base_model": "some/model"}).output.output_dir == "./model-out"
