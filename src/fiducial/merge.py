@@ -21,6 +21,8 @@ from fiducial.reference.facts import gather_facts
 from fiducial.reference.plan import Checkpoint, Source, plan_reference
 from fiducial.reference.predicted import predict_identity
 from fiducial.run_record import require_same_reference
+from fiducial.training.checkpoints import is_full_disk
+from fiducial.training.output_folder import make_folder
 
 
 def merge_adapter(cfg: RunConfig, output: Path | None = None) -> Path:
@@ -34,7 +36,7 @@ def merge_adapter(cfg: RunConfig, output: Path | None = None) -> Path:
         The folder that was written.
 
     Raises:
-        ConfigError: the run trains no adapter, or `output` would replace what is merged.
+        ConfigError: the run trains no adapter, or `output` would replace what is merged or cannot be written.
         ModelError: there is no trained adapter, another run left it, or it was trained on another base.
     """
     with kept_to_cache(cfg):
@@ -63,6 +65,7 @@ def _merge(cfg: RunConfig, output: Path | None) -> Path:
             f"base_model: {cfg.model.base_model} holds quantised weights, and merging would round them "
             "again. Name the checkpoint it was made from, or load the adapter beside it."
         )
+    make_folder(target, "--output", adapter=False)
 
     has_tokenizer = (trained / "tokenizer_config.json").is_file()
     tokenizer_cfg = cfg.tokenizer.model_copy(update={"path": str(trained)} if has_tokenizer else {})
@@ -81,8 +84,16 @@ def _merge(cfg: RunConfig, output: Path | None) -> Path:
     policy, _ = ModelLoader(run, tokenizer).load()
     assert isinstance(policy, PeftModel)
     merged = policy.merge_and_unload(safe_merge=True)
-    merged.to(base.dtype or merged.dtype).save_pretrained(target)
-    tokenizer.save_pretrained(target)
+    try:
+        merged.to(base.dtype or merged.dtype).save_pretrained(target)
+        tokenizer.save_pretrained(target)
+    except Exception as error:  # every writer has its own exception type; all others pass on unchanged
+        if not is_full_disk(error):
+            raise
+        raise ModelError(
+            f"the disk that holds {target} is full, and the model there is incomplete. Make room, or name "
+            "another folder with --output."
+        ) from error
     return target
 
 

@@ -1,10 +1,12 @@
 """A merged checkpoint computes what base and adapter compute together."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -112,6 +114,31 @@ def test_it_does_not_write_over_what_it_merges(tmp_path: Path, source: str) -> N
 
     with pytest.raises(ConfigError, match="Name another folder"):
         merge_adapter(run, tmp_path / source)
+
+
+def test_a_file_is_not_taken_for_a_folder_to_write_to(tmp_path: Path) -> None:
+    run = trained_run(tmp_path)
+    (tmp_path / "file").touch()
+    for target in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ConfigError, match=rf"--output: {target} is no folder"):
+            merge_adapter(run, target)
+
+
+def test_a_whole_model_is_not_put_beside_an_adapter(tmp_path: Path) -> None:
+    run = trained_run(tmp_path)
+    shutil.copytree(tmp_path / "out", tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"--output: .*other holds another run's adapter_config\.json"):
+        merge_adapter(run, tmp_path / "other")
+
+
+def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    run = trained_run(tmp_path)
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    with pytest.raises(ModelError, match=r"the disk that holds .*merged is full.*name another folder"):
+        merge_adapter(run)
 
 
 def test_an_adapter_of_an_earlier_run_in_the_folder_is_not_merged(tmp_path: Path) -> None:

@@ -34,28 +34,28 @@ def keep_sources(cfg: RunConfig) -> None:
 
 
 def make_output_folder(cfg: RunConfig) -> Path:
-    """The run's `output_dir`, made where it is not there yet.
+    """The run's `output_dir`, as `make_folder` makes it."""
+    return make_folder(Path(cfg.output.output_dir), "output_dir", adapter=cfg.adapter is not None)
+
+
+def make_folder(folder: Path, key: str, *, adapter: bool) -> Path:
+    """`folder`, which `key` names, made where it is not there yet, for an adapter or a whole model.
 
     Raises:
         ConfigError: it cannot be written to, or holds weights of the other kind, which programs would load
-            for those of this run.
+            for those that are to be written.
     """
-    folder = Path(cfg.output.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(
-            f"output_dir: {folder} is no folder and cannot become one: {error.strerror}."
-        ) from error
+        raise ConfigError(f"{key}: {folder} is no folder and cannot become one: {error.strerror}.") from error
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise ConfigError(f"output_dir: {folder} may not be written to. Allow it, or name another folder.")
-    mine, others = (
-        ("an adapter", MODEL_FILES) if cfg.adapter is not None else ("a whole model", ADAPTER_FILES)
-    )
+        raise ConfigError(f"{key}: {folder} may not be written to. Allow it, or name another folder.")
+    mine, others = ("an adapter", MODEL_FILES) if adapter else ("a whole model", ADAPTER_FILES)
     found = [name for name in others if (folder / name).exists()]
     if found:
         raise ConfigError(
-            f"output_dir: {folder} holds another run's {found[0]}, and this one leaves {mine}: programs "
+            f"{key}: {folder} holds another run's {found[0]}, and this one leaves {mine}: programs "
             "would take the one for the other. Name another folder, or empty this one."
         )
     return folder
