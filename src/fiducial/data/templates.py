@@ -62,6 +62,8 @@ class ChatTemplate:
             ) from error
         except TemplateError as error:
             raise OddRow(Reason.TEMPLATE, str(error)) from error
+        except Exception as error:  # a template computes, and what it gets wrong is whatever Python raises
+            raise OddRow(Reason.TEMPLATE, f"{type(error).__name__}: {error}") from error
         assert isinstance(rendered, str)
         return rendered
 
@@ -155,4 +157,7 @@ def _text_or_file(jinja: str) -> str:
     path = Path(jinja).expanduser()
     if not path.is_file():
         raise ConfigError(f"chat_template_jinja: '{jinja}' is neither a template's text nor a file.")
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"chat_template_jinja: '{jinja}' is not UTF-8 text: {error}.") from error

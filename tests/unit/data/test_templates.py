@@ -86,12 +86,26 @@ def test_mistakes(config: dict[str, Any], says: str, byte_tokenizer: PreTrainedT
         choose_template(TokenizerConfig(**config), byte_tokenizer)
 
 
+def test_a_template_file_in_another_encoding(tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    file = tmp_path / "chat.jinja"
+    file.write_text("{{ messages }} é", encoding="latin-1")
+    with pytest.raises(ConfigError, match=r"chat_template_jinja: .*chat\.jinja' is not UTF-8 text"):
+        choose_template(TokenizerConfig(chat_template_jinja=str(file)), byte_tokenizer)
+
+
 def test_refusals_and_bad_jinja(byte_tokenizer: PreTrainedTokenizerFast) -> None:
     strict = choose_template(TokenizerConfig(chat_template="mistral"), byte_tokenizer)
     assert strict is not None
     with pytest.raises(OddRow) as odd:
         strict.render(({"role": "tool", "content": "x"},), add_generation_prompt=False)
     assert odd.value.reason is Reason.TEMPLATE
+    wrong = choose_template(
+        TokenizerConfig(chat_template_jinja="{{ messages[0]['content'] + 1 }}"), byte_tokenizer
+    )
+    assert wrong is not None
+    with pytest.raises(OddRow) as odd:
+        wrong.render(CHAT, add_generation_prompt=False)
+    assert (odd.value.reason, odd.value.detail.partition(":")[0]) == (Reason.TEMPLATE, "TypeError")
     broken = choose_template(TokenizerConfig(chat_template_jinja="{% if %}"), byte_tokenizer)
     assert broken is not None
     with pytest.raises(ConfigError, match="line 1 is not valid Jinja"):
