@@ -23,6 +23,16 @@ RECORD_FILE = "run.json"
 FORMAT = 1
 """Raised when the file is written another way."""
 _DECIDED = ("model.dtype", "model.autocast")
+_SHAPES_STATE = (
+    *("optimization.optimizer", "model.unfrozen_parameters", "adapter.r", "adapter.rank_pattern"),
+    *("adapter.target_modules", "adapter.target_linear", "adapter.target_parameters"),
+    *("adapter.modules_to_save", "adapter.trainable_token_indices", "adapter.ensure_weight_tying"),
+    *("adapter.layers_to_transform", "adapter.layers_pattern", "adapter.layer_replication"),
+    *("adapter.use_dora", "adapter.bias"),
+)
+"""Settings that say which weights are trained, of which shape, and what the optimizer keeps of them."""
+_ONE_STATE = frozenset({"adamw_torch", "adamw_torch_fused"})
+"""Optimizers that keep the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,13 +156,30 @@ def trained_by(folder: Path) -> str | None:
 
 def changed_settings(then: RunConfig, now: RunConfig) -> list[str]:
     """What decides a run's result and is another `now` than `then`, each by the key that sets it."""
+    return list(_changes(then, now).values())
+
+
+def require_resumable(checkpoint: Path, then: RunConfig, now: RunConfig) -> None:
+    """Raise `ConfigError` where `checkpoint` is of other trained weights or another optimizer than `now`."""
+    found = {name: words for name, words in _changes(then, now).items() if name in _SHAPES_STATE}
+    if {then.optimization.optimizer, now.optimization.optimizer} <= _ONE_STATE:
+        found.pop("optimization.optimizer", None)
+    if found:
+        raise ConfigError(
+            f"{checkpoint} cannot be resumed by this run: {'; '.join(found.values())}. The weights and the "
+            "optimizer's state there belong to the old setting. Put it back, or start anew in another "
+            "output_dir."
+        )
+
+
+def _changes(then: RunConfig, now: RunConfig) -> dict[str, str]:
     before, after = _settings(then), _settings(now)
-    return [
-        f"{KEY_OF.get(name, name)}: {before.get(name)} then, {after.get(name)} now"
+    return {
+        name: f"{KEY_OF.get(name, name)}: {before.get(name)} then, {after.get(name)} now"
         for name in sorted(before.keys() | after.keys())
         # A record holds what `auto` came to on its machine.
         if before.get(name) != after.get(name) and not (name in _DECIDED and after[name] == "auto")
-    ]
+    }
 
 
 def require_same_reference(record: RunRecord, now: Mapping[str, Any]) -> tuple[str, ...]:

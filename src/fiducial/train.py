@@ -34,7 +34,7 @@ from fiducial.reference.kinds import ReferencePlan
 from fiducial.reference.moving import MOVED_FOLDER, save_follower
 from fiducial.reference.setup import setup_reference_model
 from fiducial.reference.verify import check_unmoved
-from fiducial.run_record import RECORD_FILE, find_record
+from fiducial.run_record import RECORD_FILE, find_record, require_resumable
 from fiducial.run_report import PLAN_FILE, RunReport
 from fiducial.training.arguments import check_settings, training_arguments, world_size
 from fiducial.training.budget import choose_token_budget
@@ -129,12 +129,15 @@ def preprocess(cfg: RunConfig | Mapping[str, Any], *, console: Console | None = 
 
 def _checkpoint_to_resume(cfg: RunConfig) -> Path | None:
     output = cfg.output
-    return to_resume(
+    found = to_resume(
         output.resume_from_checkpoint,
         auto=output.auto_resume,
         output_dir=Path(output.output_dir),
         launch=_launch(cfg),
     )
+    if found is not None and (record := find_record(found)) is not None:
+        require_resumable(found, record.run, cfg)
+    return found
 
 
 def _launch(cfg: RunConfig) -> Launch:

@@ -17,6 +17,7 @@ from fiducial.run_record import (
     changed_settings,
     find_record,
     read_record,
+    require_resumable,
     require_same_reference,
     run_id,
     trained_by,
@@ -121,6 +122,33 @@ def test_settings_that_changed_since_are_named_by_their_keys() -> None:
         "method.beta: 0.1 then, 0.5 now",
         "learning_rate: 1e-05 then, 0.1 now",
     ]
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"optimizer": "sgd"}, "optimizer: adamw_torch_fused then, sgd now"),
+        ({"lora_r": 16}, "lora_r: 8 then, 16 now"),
+        ({"lora_target_modules": ["q_proj"]}, "lora_target_modules: "),
+        (
+            {"lora_modules_to_save": ["lm_head"], "peft_use_dora": True},
+            "lora_modules_to_save: .*; peft_use_dora",
+        ),
+    ],
+)
+def test_a_run_that_trains_other_weights_or_otherwise_goes_on_from_no_checkpoint(
+    changed: dict[str, Any], named: str
+) -> None:
+    then = validate_config(SETTINGS)
+    with pytest.raises(
+        ConfigError, match=rf"checkpoint-4 cannot be resumed by this run: {named}.*Put it back"
+    ):
+        require_resumable(Path("checkpoint-4"), then, validate_config(SETTINGS | changed))
+
+
+def test_what_the_saved_state_does_not_depend_on_may_change() -> None:
+    changed = {"optimizer": "adamw_torch", "learning_rate": 1e-4, "lora_alpha": 32, "lora_dropout": 0.1}
+    require_resumable(Path(), validate_config(SETTINGS), validate_config(SETTINGS | changed))
 
 
 def test_a_later_format_is_named(tmp_path: Path) -> None:
