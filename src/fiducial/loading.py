@@ -31,6 +31,7 @@ from fiducial.reference.facts import Facts, gather_facts
 from fiducial.reference.kinds import ReferencePlan, Schedule, Source
 from fiducial.reference.plan import plan_reference
 from fiducial.reference.setup import setup_reference_model
+from fiducial.reference.shapes import LEARNED_POSITIONS
 from fiducial.run_record import RunRecord
 from fiducial.training.arguments import world_size
 from fiducial.training.failures import memory_explained
@@ -94,6 +95,7 @@ def read_run(
         sequence_len=checked.data.sequence_len,
         trains=trains,
     )
+    _compare_positions(facts, data)
     return Run(checked, facts, plan, tokenizer, data, console or main_console())
 
 
@@ -175,6 +177,24 @@ def _require_trainable(cfg: RunConfig) -> None:
             "adapter is saved without its base. Name whole modules with lora_modules_to_save, or remove "
             "adapter."
         )
+
+
+def _compare_positions(facts: Facts, data: PreparedData) -> None:
+    """Note sequences that are longer than those the model was made for.
+
+    Raises:
+        ConfigError: it has no embedding for the positions beyond.
+    """
+    model, longest = facts.model, data.longest
+    positions = model.sizes.positions
+    if positions is None or longest <= positions:
+        return
+    told = (
+        f"sequences have up to {longest} tokens, and {model.location} was made for {positions} (config.json)"
+    )
+    if model.model_type in LEARNED_POSITIONS:
+        raise ConfigError(f"sequence_len: {told}. Write sequence_len: {positions}.")
+    data.audit.notes.append(f"{told}; sequence_len: {positions} leaves longer ones out")
 
 
 def free_memory() -> None:

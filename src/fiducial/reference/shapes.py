@@ -27,6 +27,8 @@ UNGATED = frozenset(
     }
 )
 """Families whose MLP has one matrix up, not two."""
+LEARNED_POSITIONS = frozenset({"gpt2", "gpt_neo", "gpt_bigcode", "opt", "biogpt"})
+"""Families with an embedding for each position, and none for those beyond."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,8 @@ class Sizes:
     """MLPs a layer holds."""
     active_experts: int = 1
     """MLPs a token passes through in a layer."""
+    positions: int | None = None
+    """Tokens of the longest sequence it was made for; None where its config does not say."""
 
     @property
     def queries(self) -> int:
@@ -78,7 +82,15 @@ def read_sizes(config: Mapping[str, Any]) -> Sizes | None:
         vocab_size=vocab_size,
         experts=experts,
         active_experts=(_number(config, "num_experts_per_tok") if mixture else None) or 1,
+        positions=None
+        if _is_stretched(config)
+        else _number(config, "max_position_embeddings", "n_positions"),
     )
+
+
+def _is_stretched(config: Mapping[str, Any]) -> bool:
+    """Whether positions are scaled, so that there may be more of them than the config's number."""
+    return bool((config.get("rope_parameters") or config.get("rope_scaling") or {}).get("factor"))
 
 
 def implied_tensors(sizes: Sizes, *, tied: bool, gated: bool, dtype: str) -> dict[str, TensorFact]:
