@@ -27,7 +27,15 @@ _MOST_LINES = 1_000_000
 JSON_ENDINGS = frozenset({".json", ".jsonl", ".ndjson"})
 
 _JSON_LINES = "Each line of a jsonl file must be one JSON object."
+_CACHE = (
+    "The datasets library copies what it reads into its cache; HF_DATASETS_CACHE names another place for it."
+)
 _REMEDIES = (
+    ("no space left", f"Make room. {_CACHE}"),
+    ("disk quota exceeded", f"Make room. {_CACHE}"),
+    ("not enough disk space", f"Make room. {_CACHE}"),
+    ("permission denied", f"Allow it. {_CACHE}"),
+    ("read-only file system", _CACHE),
     ("split", "Name one that is there."),
     ("codec can't decode", "Save it as UTF-8."),
     ("tokenizing data", "Values that hold commas, quotes or line ends must be quoted."),

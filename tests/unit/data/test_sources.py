@@ -1,6 +1,8 @@
 """Opening data: every kind of file and folder, splits, and what is said when it cannot be opened."""
 
+import errno
 import gc
+import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -174,6 +176,19 @@ def test_unreadable_files_name_the_place_and_a_remedy(
         opened(tmp_path / name)
     assert capfd.readouterr().err == ""
     gc.collect()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS])
+def test_a_cache_of_datasets_that_cannot_be_written_is_not_the_files_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("datasets.load_dataset", failing)
+    says = rf"cannot be read: \[Errno {code}\] {os.strerror(code)}\. .*HF_DATASETS_CACHE"
+    with pytest.raises(DataError, match=says):
+        open_dataset(DatasetConfig(path=str(save_as("jsonl", tmp_path))), where="datasets.0")
 
 
 def test_a_byte_order_mark_is_no_content(tmp_path: Path) -> None:
