@@ -177,6 +177,8 @@ def _endpoint(block: Settings, given: list[str], source: Any) -> Outcomes:
 
 
 def _data(settings: Settings) -> Outcomes:
+    for key in ("datasets", "test_datasets"):
+        yield from _paths_alone(key, settings.get(key))
     if settings.get("datasets") == []:
         yield Refuse("datasets", "is empty; name at least one: datasets: [{path: ...}]")
     if settings.get("datasets") is None:
@@ -188,6 +190,15 @@ def _data(settings: Settings) -> Outcomes:
             "learning_rate",
             "not set: 1e-06, which suits full fine-tuning; adapters usually want 10 times more",
         )
+
+
+def _paths_alone(key: str, given: Any) -> Outcomes:
+    """A dataset's path where a mapping should be."""
+    if isinstance(given, str):
+        yield Refuse(key, f"must be a list of mappings; write {key}: [{{path: {given}}}]")
+    for number, item in enumerate(given if isinstance(given, list) else ()):
+        if isinstance(item, str):
+            yield Refuse((key, number), f"must be a mapping; write {{path: {item}}}")
 
 
 def _streaming(settings: Settings) -> Outcomes:

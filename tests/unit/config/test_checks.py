@@ -26,6 +26,16 @@ QLORA = {"adapter": "qlora", "load_in_4bit": True}
             {"warmup_steps": 5},
         ),
         (
+            {"datasets": "a.jsonl"},
+            "datasets: a.jsonl — must be a list of mappings; write datasets: [{path: a.jsonl}]",
+            {"datasets": [{"path": "a.jsonl"}]},
+        ),
+        (
+            DATA | {"test_datasets": ["b.jsonl"]},
+            "test_datasets.0: b.jsonl — must be a mapping; write {path: b.jsonl}",
+            DATA | {"test_datasets": [{"path": "b.jsonl"}]},
+        ),
+        (
             HELD_OUT | {"test_datasets": [{"path": "b"}]},
             "contradicts val_set_size",
             DATA | {"test_datasets": [{"path": "b"}]},

@@ -67,7 +67,7 @@ def test_every_mistake_is_reported_at_once_in_the_order_of_the_file(tmp_path: Pa
         ("special_tokens: [a]", "must be a mapping, each value text"),
         ("optim_args: 3", "must be text or a mapping, each value any value"),
         ("fsdp_version: 1", "must be 2"),
-        ("datasets: rows.jsonl", "must be a list, each item a mapping with path"),
+        ("datasets: rows.jsonl", "must be a list of mappings; write datasets: [{path: rows.jsonl}]"),
         ("base_model:", "is required: write base_model: a local folder or a hub name"),
         ("output_dir: [a]", "must be text"),
         ("seed: -1", "must be a whole number ≥ 0 and < 4294967296"),
