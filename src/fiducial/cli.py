@@ -5,10 +5,12 @@ Exit codes: 0 done, 1 our bug, 2 a mistake the user can mend, 130 interrupted.
 """
 
 import errno
+import io
 import json
 import logging
 import os
 import shlex
+import sys
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -196,7 +198,10 @@ def losses() -> None:
 
 
 def main() -> None:
-    """Entry point of the `fiducial` command."""
+    """Run the `fiducial` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # what a terminal has no letter for ends no run
     app()
 
 

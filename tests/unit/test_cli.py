@@ -304,6 +304,19 @@ def test_python_dash_m_is_the_same_command() -> None:
     assert done.stdout.strip() == f"fiducial {fiducial.__version__}"
 
 
+def test_a_terminal_without_our_letters_ends_no_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fiducial", "losses"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        check=False,
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "?" in done.stdout
+
+
 def test_ctrl_c_while_the_command_is_imported_shows_no_traceback() -> None:
     program = (
         "import sys\n"
