@@ -211,7 +211,7 @@ def test_documents_are_short(name: str) -> None:
 
 @pytest.mark.slow
 def test_the_recipe_for_a_loss_works(tmp_path: Path) -> None:
-    for folder in ("src", "tests"):
+    for folder in ("docs", "src", "tests"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     recipe = {
