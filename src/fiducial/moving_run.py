@@ -8,6 +8,7 @@ from fiducial.reference.cache import LogpStore
 from fiducial.reference.cache.opening import OWN_FOLDER
 from fiducial.reference.fill import warn
 from fiducial.reference.kept import Kept
+from fiducial.run_record import RECORD_FILE, RunRecord
 from fiducial.training.reference_sync import ReferenceSync
 from fiducial.training.reference_window import ReferenceWindow
 from fiducial.training.trainer import PreferenceTrainer
@@ -20,6 +21,8 @@ class Moving:
     sync: ReferenceSync
     window: ReferenceWindow | None
     """None where the loss reads more of the reference than can be kept."""
+    record: RunRecord | None = None
+    """What an earlier start of the run left in the checkpoint it goes on from."""
 
     def asked_by_trainer(self, judged: ProvedReference) -> ProvedReference:
         """What was proved, behind what keeps its answers."""
@@ -29,14 +32,15 @@ class Moving:
         """Move with the trainer's steps; a resumed run goes on from where its reference was.
 
         Raises:
-            TrainingError: the checkpoint does not hold the reference.
+            TrainingError: the checkpoint does not hold the reference, or another one.
         """
         trainer.add_callback(self.sync)
         if (window := self.window) is not None:
             steps = self.sync.sync.steps
             self.sync.call_after_move(lambda step: window.open(trainer.asked(step, step + steps)))
         if resume is not None:
-            self.sync.resume(resume)
+            own = (resume / RECORD_FILE).is_file()  # or else it is of the run's folder, and of another moment
+            self.sync.resume(resume, self.record.moved if own and self.record is not None else None)
 
     def close(self) -> None:
         """The run has ended well."""
@@ -59,7 +63,7 @@ def let_it_move(run: Run, policy: Policy, judged: ProvedReference) -> Moving | N
         judged.groups,
         approximate=judged.approximation is not None,
     )
-    return Moving(sync, _window(run, policy, judged) if run.plan.writes_through else None)
+    return Moving(sync, _window(run, policy, judged) if run.plan.writes_through else None, run.record)
 
 
 def _window(run: Run, policy: Policy, judged: ProvedReference) -> ReferenceWindow:

@@ -209,6 +209,16 @@ def test_a_checkpoint_without_its_reference_is_refused(tmp_path: Path) -> None:
         train(again)
 
 
+@pytest.mark.parametrize("kind", [{"reference": SOFT}, {"reference": COPY} | LORA], ids=["full", "lora"])
+def test_the_reference_of_another_checkpoint_is_refused(tmp_path: Path, kind: dict[str, Any]) -> None:
+    settings = run(tmp_path, **kind, num_epochs=None, max_steps=4)
+    train(settings)
+    shutil.copy(tmp_path / "out" / "checkpoint-2" / STATE_FILE, tmp_path / "out" / "checkpoint-4")
+    resumed = settings | {"max_steps": 6, "auto_resume_from_checkpoints": True}
+    with pytest.raises(TrainingError, match=r"checkpoint-4 is not the one this run had moved to .*Put its"):
+        train(resumed)
+
+
 def test_small_moves_are_not_lost_in_bfloat16() -> None:
     policy, reference = tiny_model(), tiny_model().to(torch.bfloat16)
     follower = ModelFollower(policy, reference, Sync(1, mixup_alpha=0.001))

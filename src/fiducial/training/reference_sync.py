@@ -5,15 +5,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fiducial.data.tokenize import TokenizedGroup
+from fiducial.errors import TrainingError
 from fiducial.model.scoring import Scorer
 from fiducial.reference.kinds import Sync
 from fiducial.reference.log_ratio import LogRatios
-from fiducial.reference.moving import Follower, load_follower, save_follower
+from fiducial.reference.moving import STATE_FILE, Follower, load_follower, save_follower
 from fiducial.reference.sources import Reference
 from fiducial.reference.verify import Proof, check_unmoved, prove_reference
+from fiducial.run_record import Answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +86,26 @@ class ReferenceSync(TrainerCallback):
             )
             self._tell(state.global_step)
 
-    def resume(self, checkpoint: Path) -> None:
-        """Put the reference back to where it was when `checkpoint` was saved."""
+    def resume(self, checkpoint: Path, then: Answers | None = None) -> None:
+        """Put the reference back to where it was when `checkpoint` was saved, and answered as `then`.
+
+        Raises:
+            TrainingError: the checkpoint does not hold it, or it answers differently now.
+        """
         load_follower(self.follower, checkpoint)
         self._prove("when the run was resumed", equal=False)
+        known = {} if then is None else dict(zip(then.keys, then.logps, strict=True))
+        keys = [key for group in self.groups for key in group.keys]
+        if then is None or not known.keys() >= set(keys):  # other rows stand first now
+            return
+        before = torch.tensor([value for key in keys for value in known[key]])
+        difference = (self.proof.reference_logps - before).abs().max().item()
+        if not difference <= max(then.tolerance, self.proof.noise.tolerance(same_arithmetic=False)):
+            raise TrainingError(
+                f"the reference in {checkpoint} is not the one this run had moved to when that was saved: it "
+                f"answers differently by up to {difference:.3g} nats a token. Put its {STATE_FILE} back, or "
+                "name another checkpoint."
+            )
 
     def save_files(self, folder: Path) -> None:
         """Keep the reference in a checkpoint's folder."""
