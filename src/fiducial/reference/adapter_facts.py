@@ -53,7 +53,8 @@ def read_adapter_facts(location: str, key: str = "lora_model_dir", *, allow_pick
     """Read the adapter that the YAML key `key` names.
 
     Raises:
-        ModelError: there is no adapter, it is damaged, or its weights are pickled and that is not allowed.
+        ModelError: there is no adapter, it is damaged, of a kind that does not act on every token, or its
+            weights are pickled and that is not allowed.
     """
     files = open_checkpoint(location, None, key=key)
     config = files.read_json("adapter_config.json")
@@ -61,6 +62,12 @@ def read_adapter_facts(location: str, key: str = "lora_model_dir", *, allow_pick
         raise ModelError(
             f"{key}: {location} has no adapter_config.json, so it is no PEFT adapter. Give the folder that "
             "save_pretrained of a PEFT model wrote."
+        )
+    if config.get("alora_invocation_tokens"):
+        raise ModelError(
+            f"{key}: {location} is an activated LoRA, which waits in each sequence for its "
+            "alora_invocation_tokens and changes nothing before them. That is not in this version: give an "
+            "adapter that acts on every token."
         )
     tensors = read_sharded_tensor_facts(files, "adapter_model")
     if tensors is None and files.folder is not None:

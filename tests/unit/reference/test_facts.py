@@ -300,6 +300,17 @@ def test_an_adapter_for_another_base_is_refused(
         gather(base, adapter=adapter)
 
 
+def test_an_adapter_that_waits_for_its_call_is_refused(base: Path, tmp_path: Path) -> None:
+    adapter = save_adapter(tmp_path / "adapter")
+    path = adapter / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(config | {"alora_invocation_tokens": [5, 6]}), encoding="utf-8")
+    with pytest.raises(ModelError, match=r"lora_model_dir: .* activated LoRA"):
+        gather(base, adapter=adapter)
+    path.write_text(json.dumps(config | {"alora_invocation_tokens": None}), encoding="utf-8")
+    assert gather(base, adapter=adapter).adapter is not None
+
+
 def test_a_folder_that_is_no_adapter_is_explained(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no adapter_config\.json"):
         gather(base, adapter=base)
