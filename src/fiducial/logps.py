@@ -85,7 +85,9 @@ class TokenLogps:
         """
         values = _wide(self.values)
         total = self._sums(values if weights is None else values * weights)
-        count = torch.bincount(self.sequence, minlength=self.num_sequences)
+        # As torch.bincount counts, which on a GPU is waited for.
+        count = self.sequence.new_zeros(self.num_sequences)
+        count = count.index_add(0, self.sequence, torch.ones_like(self.sequence))
         statistics = {name: self._sums(_wide(each)) for name, each in self.statistics.items()}
         if weights is not None:
             statistics[UNWEIGHTED] = self._sums(values)
@@ -109,10 +111,12 @@ class Completions:
     @property
     def chosen(self) -> Bool[Tensor, " sequences"]:
         """The first of its group; of completions that stand alone, the desirable ones."""
-        first = torch.ones_like(self.group, dtype=torch.bool)
-        first[1:] = self.group[1:] != self.group[:-1]
-        alone = torch.bincount(self.group)[self.group] == 1
-        return torch.where(alone, ~(self.score < 0), first)
+        first, last = (
+            torch.ones_like(self.group, dtype=torch.bool),
+            torch.ones_like(self.group, dtype=torch.bool),
+        )
+        first[1:] = last[:-1] = self.group[1:] != self.group[:-1]
+        return torch.where(first & last, ~(self.score < 0), first)
 
     @property
     def num_groups(self) -> int:

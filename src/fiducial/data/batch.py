@@ -80,8 +80,8 @@ class PackedBatch:
         ]
         device = self.target.device
         return Completions(
-            torch.tensor(group, dtype=torch.long, device=device),
-            torch.tensor(score, dtype=torch.float32, device=device),
+            torch.tensor(group, dtype=torch.long).to(device, non_blocking=True),
+            torch.tensor(score, dtype=torch.float32).to(device, non_blocking=True),
         )
 
     def to(self, device: torch.device | str) -> "PackedBatch":

@@ -40,7 +40,7 @@ class LogitRule:
     def slope(self, logits: Tensor) -> Tensor:
         """Derivative of the model's `logits` with respect to the head's; one number where it is constant."""
         if self.softcap is None:
-            return torch.as_tensor(self.scale, dtype=logits.dtype, device=logits.device)
+            return logits.new_full((), self.scale)  # made there: a number sent to a GPU is waited for
         return (1 - (logits / self.softcap).square()) * self.scale
 
 

@@ -69,18 +69,18 @@ class MetricSums:
         # A method may weigh the tokens it compares (LD-DPO); what is told is of whole completions.
         policy, reference = comparison.policy.detach().unweighted, comparison.reference
         chosen = comparison.completions.chosen
-        values: dict[str, Tensor] = {
-            "loss": output.loss.detach(),
-            "logps/chosen": policy.sum[chosen],
-            "logps/rejected": policy.sum[~chosen],
-            "lengths/chosen": policy.num_tokens[chosen],
-            "lengths/rejected": policy.num_tokens[~chosen],
-        }
+        values: dict[str, Tensor] = {"loss": output.loss.detach()}
         if reference is not None:
             values["kl"] = policy.sum - reference.unweighted.sum
         values |= output.metrics
         for name, counted in values.items():
             self._add(name, counted.sum(dtype=self.dtype), counted.numel())
+        for side, which in {"chosen": chosen, "rejected": ~chosen}.items():
+            for name, counted in {"logps": policy.sum, "lengths": policy.num_tokens}.items():
+                if f"{name}/{side}" not in output.metrics:  # the loss knows better which it compares
+                    # Picked out by index they would have a size that a GPU is waited for.
+                    total = counted.where(which, 0).sum(dtype=self.dtype)
+                    self._add(f"{name}/{side}", total, which.sum())
         if ENTROPY in policy.statistics:
             self._add("entropy", policy.statistics[ENTROPY].sum(), policy.num_tokens.sum())
         self._add(_TOKENS, tokens, 1)

@@ -1,0 +1,79 @@
+"""A pass is launched as a whole: nothing on its way asks for a number or a size that only a GPU knows.
+
+Fake tensors have neither, and raise where one is asked for.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fiducial.config.methods import DPOConfig, IPOConfig, MethodConfig, ORPOConfig, SimPOConfig
+from fiducial.losses import build_loss
+from fiducial.model.logit_rule import LogitRule
+from fiducial.model.scoring import Scorer
+from fiducial.reference.sources import NoReference
+from fiducial.training.metrics import MetricSums
+from fiducial.training.objective import Objective
+from fiducial.training.trainer import _count
+from tiny import random_groups, tiny_model
+from training_harness import StoredReference
+
+GROUPS = random_groups(3)
+CPU = torch.device("cpu")
+
+
+def make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            fake = mode.from_tensor(parameter.detach())
+            setattr(module, name, nn.Parameter(fake, requires_grad=parameter.requires_grad))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, mode.from_tensor(buffer))
+
+
+@pytest.mark.parametrize("frozen_head", [False, True])
+@pytest.mark.parametrize(
+    "method", [DPOConfig(), IPOConfig(), SimPOConfig(), ORPOConfig()], ids=lambda m: m.name
+)
+def test_a_step_waits_for_nothing(method: MethodConfig, frozen_head: bool) -> None:
+    model = tiny_model()
+    model.get_output_embeddings().weight.requires_grad_(not frozen_head)
+    scorer = Scorer(model, layout="packed")
+    reference = StoredReference(scorer, GROUPS) if method.needs_reference else NoReference()
+    scorer(scorer.pack(GROUPS))  # a first pass also measures the head
+    objective = Objective(scorer, reference, build_loss(method))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        make_fake(model.train(), mode)
+        scored, sums = objective.step([GROUPS])(0), MetricSums(CPU)
+        scored.output.loss.sum().backward()
+        _count(sums, scored, GROUPS)
+    assert "rewards/margins" in sums.totals
+    assert all(each.grad is not None for each in model.parameters() if each.requires_grad)
+
+
+def test_a_size_that_depends_on_numbers_is_seen() -> None:
+    with FakeTensorMode(), pytest.raises(DynamicOutputShapeException):
+        torch.bincount(torch.zeros(3, dtype=torch.long))
+
+
+class Operations(TorchDispatchMode):
+    """The names of what a device is asked to do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_number_is_made_where_it_is_needed() -> None:
+    logits = torch.empty(3, device="meta")
+    with Operations() as operations:
+        LogitRule(2.0).slope(logits)
+    assert operations.names == ["aten.new_full.default"], "it would be sent there, and waited for"
