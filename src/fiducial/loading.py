@@ -180,21 +180,22 @@ def _require_trainable(cfg: RunConfig) -> None:
 
 
 def _compare_positions(facts: Facts, data: PreparedData) -> None:
-    """Note sequences that are longer than those the model was made for.
+    """Note sequences that are longer than those policy or reference were made for.
 
     Raises:
-        ConfigError: it has no embedding for the positions beyond.
+        ConfigError: one of them has no embedding for the positions beyond.
     """
-    model, longest = facts.model, data.longest
-    positions = model.sizes.positions
-    if positions is None or longest <= positions:
-        return
-    told = (
-        f"sequences have up to {longest} tokens, and {model.location} was made for {positions} (config.json)"
-    )
-    if model.model_type in LEARNED_POSITIONS:
-        raise ConfigError(f"sequence_len: {told}. Write sequence_len: {positions}.")
-    data.audit.notes.append(f"{told}; sequence_len: {positions} leaves longer ones out")
+    for model in (facts.model, facts.reference):
+        positions = None if model is None else model.sizes.positions
+        if model is None or positions is None or data.longest <= positions:
+            continue
+        told = (
+            f"sequences have up to {data.longest} tokens, and {model.location} was made for {positions} "
+            "(config.json)"
+        )
+        if model.model_type in LEARNED_POSITIONS:
+            raise ConfigError(f"sequence_len: {told}. Write sequence_len: {positions}.")
+        data.audit.notes.append(f"{told}; sequence_len: {positions} leaves longer ones out")
 
 
 def free_memory() -> None:

@@ -23,6 +23,9 @@ def test_longer_sequences_than_there_are_position_embeddings_are_refused(tmp_pat
     with pytest.raises(ConfigError, match=rf"sequence_len: {TOO_LONG}\. Write sequence_len: 16\."):
         notes(base)
     assert notes(base, sequence_len=16) == []
+    policy = save_checkpoint(tmp_path / "policy")
+    with pytest.raises(ConfigError, match=TOO_LONG):
+        notes(policy, reference={"model": str(base)})
 
 
 def test_longer_sequences_than_the_model_was_made_for_are_noted(tmp_path: Path) -> None:
