@@ -17,9 +17,11 @@ def check_optimizer_settings(args: TrainingArguments) -> None:
     """Make sure that every option of `args.optim_args` is read, and that the schedule can be made.
 
     Raises:
-        ConfigError: an option that the optimizer does not read or cannot use, or a schedule's that it lacks
-            or does not know.
+        ConfigError: an optimizer whose package is not installed, an option that it does not read or cannot
+            use, or a schedule's that it lacks or does not know.
     """
+    if isinstance(missing := _made(args, []), ImportError):
+        raise ConfigError(f"optimizer: {_name(args.optim)} is not at hand: {missing}") from missing
     _check_options(args)
     _check_schedule(args)
 
@@ -41,7 +43,7 @@ def _check_options(args: TrainingArguments) -> None:
         raise ConfigError(f"optim_args: '{malformed[0]}' is not of the form name=value")
     without = _made(args, [])
     if isinstance(without, Exception):
-        return  # it needs the model, or a package: told when it is made
+        return  # it needs the model: told when it is made
     if isinstance(made := _made(args, options), Exception):
         raise ConfigError(f"optim_args: {_name(args.optim)} cannot use {written}: {made}") from made
     for option in options:

@@ -1,5 +1,6 @@
 """Every setting reaches transformers, and what cannot be honoured is refused."""
 
+import sys
 from typing import Any
 
 import pytest
@@ -136,6 +137,18 @@ def test_early_stopping_is_a_callback() -> None:
 def test_what_cannot_be_honoured_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         arguments(**settings)
+
+
+def test_an_optimizer_whose_package_is_missing_is_told_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for module in ("galore_torch", "schedulefree"):
+        monkeypatch.setitem(sys.modules, module, None)
+    for optimizer, package in {"galore_adamw": "galore_torch", "schedule_free_adamw": "schedulefree"}.items():
+        with pytest.raises(
+            ConfigError, match=rf"optimizer: {optimizer} is not at hand: .*install `{package}`"
+        ):
+            arguments(optimizer=optimizer)
 
 
 @pytest.mark.parametrize(
