@@ -61,7 +61,7 @@ class PreparedStore:
                 names = (*ARRAYS, "scores") if "scores" in stored.files else ARRAYS
                 dataset = TokenizedDataset(**{name: stored[name] for name in names})
                 audit = DatasetAudit.from_dict(json.loads(stored["audit"].tobytes()))
-        except (OSError, ValueError, KeyError, TypeError, BadZipFile) as error:
+        except (OSError, EOFError, ValueError, KeyError, TypeError, BadZipFile) as error:
             raise CacheError(f"dataset_prepared_path: {path} is damaged ({error}). Delete it.") from error
         return dataset, audit
 

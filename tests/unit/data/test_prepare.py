@@ -267,11 +267,12 @@ def test_store_is_used_and_never_stale(
     assert not list(folder.glob("*.tmp"))
 
 
-def test_damaged_store(load: Load, tmp_path: Path) -> None:
+@pytest.mark.parametrize("left", [-40, 0])
+def test_damaged_store(load: Load, tmp_path: Path, left: int) -> None:
     folder = tmp_path / "prepared"
     load([pair(0)], prepared_path=str(folder))
     [path] = stored(folder)
-    path.write_bytes(path.read_bytes()[:-40])
+    path.write_bytes(path.read_bytes()[:left])
     with pytest.raises(CacheError, match="is damaged"):
         load([pair(0)], prepared_path=str(folder), dataset={"path": str(tmp_path / "rows0.jsonl")})
     with pytest.raises(CacheError, match=r"dataset_prepared_path: .* cannot be written"):
