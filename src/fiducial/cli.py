@@ -75,7 +75,8 @@ def options(
 @app.command()
 def train(config: RunFile, overrides: Overrides = None, debug: Debug = False) -> None:
     """Align the model: plan, load, score the reference, prove it, train, save."""
-    again = shlex.join(["fiducial", "train", config, *(overrides or ()), "auto_resume_from_checkpoints=true"])
+    settings = dict.fromkeys([*(overrides or ()), "auto_resume_from_checkpoints=true"])  # each once
+    again = shlex.join(["fiducial", "train", config, *settings])
     resume = f"Checkpoints are kept; go on with: {again}"
     with _reporting(debug, interrupted=resume):
         run = _load(config, overrides)

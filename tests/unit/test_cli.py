@@ -163,6 +163,10 @@ def test_ctrl_c_is_code_130_and_says_how_to_go_on(
     assert result.exit_code == 130
     assert "fiducial train run.yaml 'a b=1' auto_resume_from_checkpoints=true" in result.stderr
 
+    again = fiducial_command("train", "run.yaml", "auto_resume_from_checkpoints=true")
+
+    assert again.stderr.count("auto_resume_from_checkpoints=true") == 1
+
 
 def test_an_interrupted_trainer_speaks_for_itself(
     fiducial_command: Fiducial, failing: Callable[[BaseException], None]
