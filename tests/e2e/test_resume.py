@@ -17,7 +17,7 @@ from fiducial.train import train
 from fiducial.training.callbacks import Interrupted
 from resuming import interrupt_after, left_behind
 from run_configs import run_config
-from tiny import save_adapter
+from tiny import save_adapter, save_checkpoint
 
 FULL: dict[str, Any] = {}
 LORA = {"adapter": "lora", "lora_r": 4, "lora_dropout": 0.1, "learning_rate": 1e-2}
@@ -62,6 +62,31 @@ def test_stopped_and_resumed_is_uninterrupted(
     assert resumed_metrics == metrics
     assert set(resumed_weights) == set(weights)
     assert all(torch.equal(weights[name], resumed_weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize(
+    ("family", "shape"),
+    [("gpt_neox", {}), ("mixtral", {"num_key_value_heads": 2, "num_local_experts": 2})],
+)
+def test_weights_that_are_saved_under_other_names_are_resumed_and_evaluated(
+    tmp_path: Path, family: str, shape: dict[str, int]
+) -> None:
+    save_checkpoint(tmp_path / f"base-{family}", family, **shape)
+    whole = settings(tmp_path, output_dir=str(tmp_path / "whole"), family=family, learning_rate=1e-2)
+    train(whole)
+    metrics, weights = left_behind(tmp_path / "whole")
+    train(whole | {"resume_from_checkpoint": str(tmp_path / "whole" / "checkpoint-4")})
+    resumed_metrics, resumed_weights = left_behind(tmp_path / "whole")
+    assert resumed_metrics == metrics
+    assert all(torch.equal(weights[name], resumed_weights[name]) for name in weights)
+    assert evaluate(whole)["loss"] == pytest.approx(metrics[-1]["eval_loss"])
+    best = whole | {"load_best_model_at_end": True, "eval_steps": 1, "output_dir": str(tmp_path / "best")}
+    train(best | {"metric_for_best_model": "eval_loss", "greater_is_better": True})  # the first is
+    state = json.loads((tmp_path / "best" / "checkpoint-6" / "trainer_state.json").read_text())
+    _, kept = left_behind(Path(state["best_model_checkpoint"]))
+    assert state["best_model_checkpoint"].endswith("checkpoint-1")
+    _, left = left_behind(tmp_path / "best")
+    assert all(torch.equal(kept[name], left[name]) for name in kept)
 
 
 def test_a_run_cut_off_in_the_folder_of_an_earlier_one_goes_on_as_itself(
