@@ -95,8 +95,9 @@ class TokenLogps:
 
     def _sums(self, values: Float[Tensor, " scored"]) -> Float[Tensor, " sequences"]:
         # Added one by one: in float32 a thousand tokens lose 0.002 nats, which do not cancel in a log-ratio.
-        total = values.new_zeros(self.num_sequences, dtype=torch.float64)
-        return total.index_add(0, self.sequence, values.double()).to(values.dtype)
+        there = _with_float64(values.device)
+        total = torch.zeros(self.num_sequences, dtype=torch.float64, device=there)
+        return total.index_add(0, self.sequence.to(there), values.to(there).double()).to(values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +158,11 @@ def _joined(parts: Sequence[SequenceLogps]) -> SequenceLogps:
         torch.cat([part.num_tokens for part in parts]),
         {name: torch.cat([part.statistics[name] for part in parts]) for name in parts[0].statistics},
     )
+
+
+def _with_float64(device: torch.device) -> torch.device:
+    """`device`, or the CPU where that is an Apple GPU, which has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def _wide(values: Tensor) -> Tensor:

@@ -1,8 +1,12 @@
 """What of a batch is chosen, and how the passes of a step become one comparison."""
 
+from typing import Any
+
 import jaxtyping
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from comparing import comparison
 from fiducial.logps import Comparison, Completions, SequenceLogps, TokenLogps
@@ -72,3 +76,27 @@ def test_in_tests_a_shape_that_is_stated_is_checked() -> None:
         logps.reduce(torch.ones(3, 1))
     with pytest.raises(jaxtyping.TypeCheckError):
         TokenLogps(torch.zeros(3), torch.zeros(4, dtype=torch.long), 1)
+
+
+class Made(TorchDispatchMode):
+    """Where and in which precision results were made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[tuple[str, torch.dtype]] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.found.add((result.device.type, result.dtype))
+        return result
+
+
+def test_an_apple_gpu_is_asked_for_no_float64() -> None:
+    """It has none, and sums of float32 would lose a part of every log-ratio."""
+    with FakeTensorMode(), Made() as made:
+        sequence = torch.zeros(6, dtype=torch.long, device="mps")
+        total = TokenLogps(torch.zeros(6, device="mps"), sequence, 2).reduce().sum
+    assert (total.device.type, total.dtype) == ("mps", torch.float32)
+    assert ("mps", torch.float64) not in made.found
+    assert ("cpu", torch.float64) in made.found
