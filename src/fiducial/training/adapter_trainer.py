@@ -35,11 +35,10 @@ class AdapterTrainer(Trainer):
         set_peft_model_state_dict(policy, weights, adapter_name=POLICY_ADAPTER)
 
     def _load_best_model(self) -> None:
-        best = Path(self.state.best_model_checkpoint or "")
-        if not self.is_fsdp_enabled and (isinstance(self.model, PeftModel) or _is_renamed(self.model, best)):
-            self.load_weights(best)
-        else:
+        if self.is_fsdp_enabled:
             super()._load_best_model()
+        else:
+            self.load_weights(Path(self.state.best_model_checkpoint or ""))
 
 
 def _is_renamed(model: Any, folder: Path) -> bool:
