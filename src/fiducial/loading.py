@@ -185,9 +185,9 @@ def _compare_positions(facts: Facts, data: PreparedData) -> None:
     Raises:
         ConfigError: one of them has no embedding for the positions beyond.
     """
-    for model in (facts.model, facts.reference):
-        positions = None if model is None else model.sizes.positions
-        if model is None or positions is None or data.longest <= positions:
+    for model in filter(None, (facts.model, facts.reference)):
+        positions = model.sizes.positions
+        if positions is None or data.longest <= positions:
             continue
         told = (
             f"sequences have up to {data.longest} tokens, and {model.location} was made for {positions} "

@@ -95,7 +95,7 @@ class TokenLogps:
 
     def _sums(self, values: Float[Tensor, " scored"]) -> Float[Tensor, " sequences"]:
         # Added one by one: in float32 a thousand tokens lose 0.002 nats, which do not cancel in a log-ratio.
-        there = _with_float64(values.device)
+        there = values.device if has_float64(values.device) else torch.device("cpu")
         total = torch.zeros(self.num_sequences, dtype=torch.float64, device=there)
         return total.index_add(0, self.sequence.to(there), values.to(there).double()).to(values)
 
@@ -112,10 +112,8 @@ class Completions:
     @property
     def chosen(self) -> Bool[Tensor, " sequences"]:
         """The first of its group; of completions that stand alone, the desirable ones."""
-        first, last = (
-            torch.ones_like(self.group, dtype=torch.bool),
-            torch.ones_like(self.group, dtype=torch.bool),
-        )
+        first = torch.ones_like(self.group, dtype=torch.bool)
+        last = first.clone()
         first[1:] = last[:-1] = self.group[1:] != self.group[:-1]
         return torch.where(first & last, ~(self.score < 0), first)
 
@@ -160,9 +158,9 @@ def _joined(parts: Sequence[SequenceLogps]) -> SequenceLogps:
     )
 
 
-def _with_float64(device: torch.device) -> torch.device:
-    """`device`, or the CPU where that is an Apple GPU, which has no float64."""
-    return torch.device("cpu") if device.type == "mps" else device
+def has_float64(device: torch.device) -> bool:
+    """Whether `device` computes in float64, which Apple's GPUs do not."""
+    return device.type != "mps"
 
 
 def _wide(values: Tensor) -> Tensor:

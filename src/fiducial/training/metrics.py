@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from fiducial.logps import ENTROPY, Comparison
+from fiducial.logps import ENTROPY, Comparison, has_float64
 from fiducial.losses.output import LossOutput
 
 METRICS = (
@@ -58,8 +58,7 @@ class MetricSums:
     """Running sums of every metric, and how many values went into each."""
 
     def __init__(self, device: torch.device) -> None:
-        # Apple's GPUs have no float64.
-        self.dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.dtype = torch.float64 if has_float64(device) else torch.float32
         self.device = device
         self.totals: dict[str, Tensor] = {}
         """By name: (sum, count)."""
