@@ -86,8 +86,10 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The batch with its tensors on `device`."""
+        # A CPU would read, without waiting, what a GPU has yet to write there.
+        ahead = torch.device(device).type == "cuda"
         tensors: dict[str, Any] = {
-            field.name: value.to(device, non_blocking=True)
+            field.name: value.to(device, non_blocking=ahead)
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)
         }

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fiducial.config.methods import DPOConfig, IPOConfig, MethodConfig, ORPOConfig, SimPOConfig
+from fiducial.data.batch import pack
 from fiducial.losses import build_loss
 from fiducial.model.logit_rule import LogitRule
 from fiducial.model.scoring import Scorer
@@ -77,3 +78,25 @@ def test_a_number_is_made_where_it_is_needed() -> None:
     with Operations() as operations:
         LogitRule(2.0).slope(logits)
     assert operations.names == ["aten.new_full.default"], "it would be sent there, and waited for"
+
+
+class Copies(TorchDispatchMode):
+    """Whether each copy to another device may still be under way when it is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ahead: list[bool] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is not torch.ops.aten._to_copy.default:
+            return function(*args, **(kwargs or {}))
+        self.ahead.append(kwargs.get("non_blocking", False))
+        return torch.zeros(args[0].shape, dtype=args[0].dtype)
+
+
+def test_a_batch_that_comes_to_the_cpu_is_waited_for() -> None:
+    batch = pack(GROUPS, layout="packed").to("meta")
+    with Copies() as copies:
+        batch.to("cpu")
+    assert len(copies.ahead) > 3
+    assert not any(copies.ahead), "a reference on the CPU would read what a GPU has yet to write"
