@@ -137,10 +137,8 @@ def _sharded(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def _offloaded(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """A row for each shape and number of tokens."""
-    held = Held(DEVICE, 1, CPUOffloadPolicy(pin_memory=DEVICE == "cuda"))
-    for shape in filter(None, (options.shape, options.larger)):
-        yield from _in_processes(argparse.Namespace(**vars(options) | {"shape": shape}), held)
+    """A row for each number of tokens."""
+    yield from _in_processes(options, Held(DEVICE, 1, CPUOffloadPolicy(pin_memory=DEVICE == "cuda")))
 
 
 @dataclass(frozen=True)
@@ -213,19 +211,20 @@ def _together(way: Callable[[], None]) -> None:
 
 def _quantised(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     held: tuple[Bits, Bits] = (8, 4)
-    for bits in held:
-        for autocast in (None, torch.bfloat16):
-            yield from _held_in(bits, options, autocast)
+    with tempfile.TemporaryDirectory() as folder:
+        with torch.device(DEVICE):
+            LlamaForCausalLM(config(options.shape, longest=LONGEST)).save_pretrained(folder)
+        for bits in held:
+            for autocast in (None, torch.bfloat16):
+                yield from _held_in(bits, folder, options, autocast)
 
 
 def _held_in(
-    bits: Bits, options: argparse.Namespace, autocast: torch.dtype | None
+    bits: Bits, checkpoint: str, options: argparse.Namespace, autocast: torch.dtype | None
 ) -> Iterator[dict[str, Any]]:
     shape = config(options.shape, longest=LONGEST)
-    with tempfile.TemporaryDirectory() as folder:
-        LlamaForCausalLM(shape).save_pretrained(folder)
-        placed = placement(bits, shape, torch.float32, {}, on_cpu=False)
-        base = prepare(AutoModelForCausalLM.from_pretrained(folder, **placed))
+    placed = placement(bits, shape, torch.float32, {}, on_cpu=False)
+    base = prepare(AutoModelForCausalLM.from_pretrained(checkpoint, **placed))
     model = get_peft_model(base, LoraConfig(r=16, target_modules=TARGETS)).train()
     policy = Scorer(model, layout="packed", autocast=autocast)
     off = AdapterOff(policy)
@@ -331,11 +330,13 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shape", default="42M")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[192, 768])
+    cuda = DEVICE == "cuda"
+    parser.add_argument("--shape", default="1B" if cuda else "42M")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[192, 768, 3072] if cuda else [192, 768])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--larger", default="1B", help="a second shape for the sharded weights")
-    usual = [name for name in PARTS if name != "offloaded" or DEVICE == "cuda"]
+    larger = None if cuda else "1B"
+    parser.add_argument("--larger", default=larger, help="a second shape for the sharded weights")
+    usual = [name for name in PARTS if name != "offloaded" or cuda]
     parser.add_argument(
         "--parts", nargs="+", choices=list(PARTS), default=usual, help="the output keeps the others"
     )
@@ -346,7 +347,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         options.shape, options.tokens, options.repeats, options.larger = "tiny", [192], 1, None
         options.parts = list(PARTS) if options.parts == usual else options.parts
     folder = HERE / (".cache" if options.quick else "results")
-    options.output = options.output or folder / f"one_pass{'_cuda' * (DEVICE == 'cuda')}.json"
+    options.output = options.output or folder / f"one_pass{'_cuda' * cuda}.json"
     return options
 
 
