@@ -22,7 +22,7 @@ from bench.contestant import Job, Result
 from bench.measure import machine, matrix_rates, versions
 from bench.methods import METHODS
 from bench.shapes import Cost, config, cost, save_checkpoint
-from bench.workload import Workload, padded_tokens, real_tokens, statistics, waste
+from bench.workload import Workload, padded_tokens, statistics, waste
 from fiducial.loading import free_memory
 
 HERE = Path(__file__).resolve().parent
@@ -68,7 +68,8 @@ class Setting:
     """A row of `bench.methods`."""
     learning_rate: float = 1e-4
     isolated: bool = True
-    """Whether each contestant runs in a process of its own, without which its peak memory means nothing."""
+    """Whether each contestant runs in a process of its own, without which its peak memory on a CPU means
+    nothing. One with Liger's kernels does so in any case: they would stay for those after it."""
 
 
 def compare(setting: Setting, contestants: Sequence[Contestant]) -> dict[str, Any]:
@@ -107,7 +108,6 @@ def grow(
         FailedError: a contestant's program did not come to its end, and nobody is told.
     """
     workload = setting.workload
-    measure = _measure if setting.isolated else _run_here
     results, sizes = _known(earlier, workload)
     products = cost(config(setting.shape, longest=workload.max_length))
     rates = _machine_rates(products, setting)
@@ -116,8 +116,9 @@ def grow(
         for contestant in contestants:
             if contestant.name in results:
                 continue
+            measure = _measure if setting.isolated or contestant.liger else _run_here
             try:
-                found, sizes[contestant.name] = _fitting(partial(measure, contestant), job)
+                found, sizes[contestant.name] = _fitting(partial(_timed, measure, contestant), job)
             except FailedError as error:
                 if failed is None:
                     raise
@@ -197,10 +198,18 @@ def _fitting(measure: Callable[[Job], Result], job: Job) -> tuple[Result, int]:
         CONSOLE.print(f"[dim]  out of memory; again with micro-batches of {job.micro_batch_size} …[/dim]")
 
 
-def _measure(contestant: Contestant, job: Job) -> Result:
-    """Run one contestant in a fresh process, so that its peak memory is its own."""
+def _timed(measure: Callable[[Contestant, Job], Result], contestant: Contestant, job: Job) -> Result:
+    """What `measure` finds, and told how long that took."""
     CONSOLE.print(f"[dim]{contestant.name} …[/dim]")
     began = time.perf_counter()
+    result = measure(contestant, job)
+    median = sorted(result.step_seconds)[len(result.step_seconds) // 2]
+    CONSOLE.print(f"[dim]  {median:.3g} s a step, {time.perf_counter() - began:.0f} s in all[/dim]")
+    return result
+
+
+def _measure(contestant: Contestant, job: Job) -> Result:
+    """Run one contestant in a fresh process, so that its peak memory is its own."""
     with tempfile.TemporaryDirectory() as folder:
         job_path, result_path = Path(folder, "job.json"), Path(folder, "result.json")
         job_path.write_text(json.dumps(asdict(_told(contestant, job))))
@@ -208,15 +217,17 @@ def _measure(contestant: Contestant, job: Job) -> Result:
         done = subprocess.run(program, cwd=HERE.parent, capture_output=True, text=True, check=False)
         if done.returncode:
             raise FailedError(f"{contestant.name} failed:\n{done.stderr[-4000:]}")
-        result = Result(**json.loads(result_path.read_text()))
-    median = sorted(result.step_seconds)[len(result.step_seconds) // 2]
-    CONSOLE.print(f"[dim]  {median:.3g} s a step, {time.perf_counter() - began:.0f} s in all[/dim]")
-    return result
+        return Result(**json.loads(result_path.read_text()))
 
 
 def _run_here(contestant: Contestant, job: Job) -> Result:
     """Run one contestant in this process."""
-    result: Result = import_module(contestant.program).run(_told(contestant, job))
+    try:
+        result: Result = import_module(contestant.program).run(_told(contestant, job))
+    except torch.OutOfMemoryError as error:
+        raise FailedError(f"{contestant.name} failed:\nOutOfMemoryError: {error}") from error
+    finally:
+        free_memory()  # the next one is to have the whole GPU
     return result
 
 
@@ -244,14 +255,9 @@ def _machine_rates(products: Cost, setting: Setting) -> dict[str, float]:
 
 
 def figures(result: Result, workload: Workload, products: Cost, rate: float) -> dict[str, float]:
-    """Rates of one contestant over the measured steps.
-
-    The scoring pass covers the warm-up examples too; the measured ones are charged their tokens' share of its
-    time.
-    """
-    examples = workload.measured
+    """Rates of one contestant over the measured steps."""
+    examples, scoring = workload.measured, result.scoring_seconds
     training = sum(result.step_seconds[workload.warmup :])
-    scoring = result.scoring_seconds * real_tokens(examples) / real_tokens(workload.examples)
     mismatched = sum(len(each.mismatched) for each in examples)
     needed = products.training(
         sum(each.shared_tokens for each in examples), sum(each.scored_tokens for each in examples)

@@ -80,7 +80,7 @@ class Result:
 
     step_seconds: list[float]
     scoring_seconds: float
-    """The reference's own pass before training; 0 where it is scored beside the policy."""
+    """The reference's pass over the measured examples; 0 where it is scored beside the policy."""
     peak_bytes_above_weights: int
     logs: list[dict[str, float]]
 

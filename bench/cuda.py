@@ -3,12 +3,14 @@
     python bench/cuda.py                    # both kinds of pairs; writes bench/results/cuda.json
     python bench/cuda.py --only-missing     # goes on where it was cut off
     python bench/cuda.py --data hh --steps 5
+    python bench/cuda.py --one-process      # half the time: what all import is imported once
     python bench/cuda.py --quick            # shows that it runs, on a CPU too
 
 Contestants: TRL with its live reference, TRL with precomputed log-probs, the same with flash attention where
 flash-attn is installed, Fiducial's packed path, and the same with Liger's kernels where those are installed.
-TRL takes a step in the largest micro-batches that fit in memory. Peak memory is the CUDA allocator's; the
-matrix rate is the GPU's own on the products of the same step.
+TRL takes a step in micro-batches of 2 long pairs or 8 short ones, some 4,000 to 7,000 tokens with their
+padding, or of the most that fit in memory. Peak memory is the CUDA allocator's; the matrix rate is the GPU's
+own on the products of the same step.
 
 What is measured is written when a contestant has finished: cut off at any time, the file holds all that have.
 One that fails is told, and the others go on. Exit code 1: one has failed. Exit code 3: there is no CUDA
@@ -115,7 +117,7 @@ def _settings(options: argparse.Namespace) -> Iterator[Setting]:
             cuda=torch.cuda.is_available(),
             micro_batch_size=MICRO_BATCH_SIZE[name],
         )
-        yield replace(setting, isolated=False) if options.quick else setting
+        yield replace(setting, isolated=not options.one_process)
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:
@@ -131,11 +133,15 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="bench/results/cuda.json unless --quick")
     parser.add_argument("--only-missing", action="store_true", help="skip what the output holds already")
     parser.add_argument(
+        "--one-process", action="store_true", help="contestants one after the other in this process"
+    )
+    parser.add_argument(
         "--quick", action="store_true", help="a tiny model, one process, a CPU will do; into bench/.cache"
     )
     options = parser.parse_args(arguments)
     if options.quick:
         options.shape, options.steps, options.max_length = "tiny", 1, 256
+        options.one_process = True
     folder = HERE / (".cache" if options.quick else "results")
     options.output = options.output or folder / "cuda.json"
     return options

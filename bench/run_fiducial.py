@@ -3,11 +3,11 @@
 import math
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from transformers import TrainerCallback, TrainingArguments
 
 from bench.contestant import Job, Result, load_policy, main
@@ -66,8 +66,10 @@ def run(job: Job, callbacks: Sequence[TrainerCallback] = ()) -> Result:
     scorer = Scorer(model, layout="packed", autocast=torch.bfloat16 if job.bf16 else None)
     arguments = job.training_arguments() | {"bf16": False}  # autocast is the scorer's
     with tempfile.TemporaryDirectory() as folder:
-        with scoring.running():
-            reference = _reference(plan, scorer, groups, folder, budget)
+        warming_up = Subset(groups, range(workload.warmup * workload.batch_size))
+        measured = Subset(groups, range(len(warming_up), len(groups)))
+        parts = ((warming_up, Stopwatch()), (measured, scoring))
+        reference = _reference(plan, scorer, parts, folder, budget)
         trainer = PreferenceTrainer(
             model,
             TrainingArguments(per_device_train_batch_size=workload.batch_size, **arguments),
@@ -77,15 +79,23 @@ def run(job: Job, callbacks: Sequence[TrainerCallback] = ()) -> Result:
             callbacks=[clock, *callbacks],
         )
         trainer.train()
-    return Result.of(clock, scoring.seconds if plan.schedule is not None else 0.0, peak)
+    return Result.of(clock, scoring.seconds, peak)
 
 
-def _reference(plan: ReferencePlan, scorer: Scorer, groups: Groups, folder: str, budget: int) -> Reference:
-    """What the trainer asks, its log-probs scored where the plan says before training."""
+def _reference(
+    plan: ReferencePlan,
+    scorer: Scorer,
+    parts: Iterable[tuple[Subset[TokenizedGroup], Stopwatch]],
+    folder: str,
+    budget: int,
+) -> Reference:
+    """What the trainer asks. If the plan says so, each part is scored first, on its own watch."""
     if plan.schedule is not Schedule.PRECOMPUTED:
         return build_reference(plan, scorer)
-    store = LogpStore(folder, identify(plan, scorer))
-    score_reference(groups, build_scoring_reference(plan, scorer), scorer, store, token_budget=budget)
+    store, reference = LogpStore(folder, identify(plan, scorer)), build_scoring_reference(plan, scorer)
+    for groups, watch in parts:
+        with watch.running():
+            score_reference(groups, reference, scorer, store, token_budget=budget)
     return build_reference(plan, scorer, None, store)
 
 

@@ -37,7 +37,8 @@ def run(job: Job) -> Result:
         callbacks=[clock],
     )
     trainer.train()
-    return Result.of(clock, trainer.scoring.seconds, peak)
+    warmup = workload.warmup * workload.batch_size // job.micro_batch_size
+    return Result.of(clock, sum(trainer.scoring_seconds[warmup:]), peak)
 
 
 if __name__ == "__main__":

@@ -181,15 +181,10 @@ def padded_tokens(examples: Sequence[Example], batch_size: int) -> float:
     return total / len(examples)
 
 
-def real_tokens(examples: Sequence[Example]) -> int:
-    """Every token once, those of mismatched completions too."""
-    return sum(example.shared_tokens + len(example.mismatched) for example in examples)
-
-
 def waste(examples: Sequence[Example], batch_size: int) -> dict[str, float]:
     """Shares of a padded trainer's tokens that are padding, and that are a prompt once more."""
     padded = padded_tokens(examples, batch_size) * len(examples)
-    once = real_tokens(examples)
+    once = sum(example.shared_tokens + len(example.mismatched) for example in examples)
     rows = sum(sum(len(example.prompt) + len(each) for each in _sequences(example)) for example in examples)
     return {"padding": 1 - rows / padded, "repeated_prompts": (rows - once) / padded}
 
