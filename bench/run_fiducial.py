@@ -3,7 +3,9 @@
 import math
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -66,10 +68,8 @@ def run(job: Job, callbacks: Sequence[TrainerCallback] = ()) -> Result:
     scorer = Scorer(model, layout="packed", autocast=torch.bfloat16 if job.bf16 else None)
     arguments = job.training_arguments() | {"bf16": False}  # autocast is the scorer's
     with tempfile.TemporaryDirectory() as folder:
-        warming_up = Subset(groups, range(workload.warmup * workload.batch_size))
-        measured = Subset(groups, range(len(warming_up), len(groups)))
-        parts = ((warming_up, Stopwatch()), (measured, scoring))
-        reference = _reference(plan, scorer, parts, folder, budget)
+        warmup = workload.warmup * workload.batch_size
+        reference = _reference(plan, scorer, groups, warmup, scoring, Path(folder), budget)
         trainer = PreferenceTrainer(
             model,
             TrainingArguments(per_device_train_batch_size=workload.batch_size, **arguments),
@@ -85,17 +85,26 @@ def run(job: Job, callbacks: Sequence[TrainerCallback] = ()) -> Result:
 def _reference(
     plan: ReferencePlan,
     scorer: Scorer,
-    parts: Iterable[tuple[Subset[TokenizedGroup], Stopwatch]],
-    folder: str,
+    groups: Groups,
+    warmup: int,
+    scoring: Stopwatch,
+    folder: Path,
     budget: int,
 ) -> Reference:
-    """What the trainer asks. If the plan says so, each part is scored first, on its own watch."""
+    """What the trainer asks. If the plan says so, log-probs are scored first.
+
+    `scoring` watches all but the first `warmup` groups. Those are scored before, into a store of their own:
+    one of them may come again, and would not be scored twice.
+    """
     if plan.schedule is not Schedule.PRECOMPUTED:
         return build_reference(plan, scorer)
-    store, reference = LogpStore(folder, identify(plan, scorer)), build_scoring_reference(plan, scorer)
-    for groups, watch in parts:
-        with watch.running():
-            score_reference(groups, reference, scorer, store, token_budget=budget)
+    identity, reference = identify(plan, scorer), build_scoring_reference(plan, scorer)
+    store, aside = LogpStore(folder / "store", identity), LogpStore(folder / "aside", identity)
+    score = partial(score_reference, reference=reference, scorer=scorer, token_budget=budget)
+    score(Subset(groups, range(warmup)), store=aside)
+    with scoring.running():
+        score(Subset(groups, range(warmup, len(groups))), store=store)
+    score(groups, store=store)
     return build_reference(plan, scorer, None, store)
 
 
