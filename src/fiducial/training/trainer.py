@@ -37,7 +37,7 @@ from fiducial.training.evaluation import Evaluation
 from fiducial.training.failures import budget_too_large, group_does_not_fit, loss_not_finite
 from fiducial.training.metrics import MetricSums
 from fiducial.training.objective import Objective, Scored, Step
-from fiducial.training.passes import Passes, costliest, cut_step, floating_point_ops
+from fiducial.training.passes import Passes, cut_step, floating_point_ops
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ class PreferenceTrainer(AdapterTrainer):
         model.train()
         self._optimizer_mode("train")
         self.objective.scorer.module = model
-        taken = self._shrinking(inputs, partial(self._forward_backward, model, inputs))
+        taken = self._shrinking(inputs, partial(self._forward_backward, model))
         taken.sums.reduce()
         self._require_finite(taken)
         taken.score.finish()
@@ -142,7 +142,7 @@ class PreferenceTrainer(AdapterTrainer):
         self.callback_handler.eval_dataloader = dataloader
         evaluation = Evaluation(self.objective)
         for groups in dataloader:
-            self._shrinking(groups, partial(self._score, evaluation, groups))
+            self._shrinking(groups, partial(self._score, evaluation))
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         sums = MetricSums(self.args.device)
         _count(sums, evaluation.finish(), [])
@@ -222,9 +222,8 @@ class PreferenceTrainer(AdapterTrainer):
         if callable(switch := getattr(self.optimizer, mode, None)):
             switch()
 
-    def _forward_backward(self, model: nn.Module, groups: Groups) -> _Taken:
+    def _forward_backward(self, model: nn.Module, passes: Passes) -> _Taken:
         model.zero_grad()  # of what an attempt that ran out of memory left behind
-        passes = self._cut(groups)
         weight = self.accelerator.num_processes / max(passes.num_groups, 1)
         total, sums = torch.zeros((), device=self.args.device), MetricSums(self.args.device)
         losses: list[Tensor] = []
@@ -251,24 +250,24 @@ class PreferenceTrainer(AdapterTrainer):
                     taken.micro_batches, taken.losses, step=step, learning_rate=learning_rate
                 )
 
-    def _score(self, evaluation: Evaluation, groups: Groups) -> None:
-        passes = self._cut(groups)
+    def _score(self, evaluation: Evaluation, passes: Passes) -> None:
         evaluation.score(passes.trained, passes.ahead)
 
     def _cut(self, groups: Groups) -> Passes:
         return cut_step(groups, self.objective, self.running.micro_batch_tokens)
 
-    def _shrinking(self, groups: Groups, attempt: Callable[[], T]) -> T:
+    def _shrinking(self, groups: Groups, attempt: Callable[[Passes], T]) -> T:
         """Repeat the whole `attempt` with half the token budget as long as memory runs out."""
         while True:
+            passes = self._cut(groups)
             try:
-                return attempt()
+                return attempt(passes)
             except torch.OutOfMemoryError as error:
-                self._halve_budget(groups, error)
+                self._halve_budget(passes, error)
             torch.cuda.empty_cache()  # not in the handler: the traceback still holds the tensors there
 
-    def _halve_budget(self, groups: Groups, error: torch.OutOfMemoryError) -> None:
-        tokens, singly = costliest(groups, self.objective, self.running.micro_batch_tokens)
+    def _halve_budget(self, passes: Passes, error: torch.OutOfMemoryError) -> None:
+        tokens, singly = passes.costliest(self.objective.scorer.layout)
         step = self.state.global_step + 1
         if singly:
             raise group_does_not_fit(tokens, step=step) from error

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fiducial.data.micro_batches import COSTS, Load, cut, largest
+from fiducial.data.micro_batches import COSTS, Load, cut, largest, leveled
 from fiducial.data.tokenize import TokenizedGroup
 from tiny import random_groups
 
@@ -52,6 +52,44 @@ def test_the_cut_depends_on_nothing_but_its_arguments() -> None:
     assert [identities([part]) for part in cut(groups, 90)] == [
         identities([part]) for part in cut(groups, 90)
     ]
+
+
+def tokens(micro_batches: list[list[TokenizedGroup]]) -> list[int]:
+    return [sum(group.num_tokens for group in part) for part in micro_batches]
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("budget", [1, 60, 200, 700])
+def test_leveled_passes_hold_every_group_once_and_no_more_than_before(layout: str, budget: int) -> None:
+    groups, cost = random_groups(40), COSTS[layout]
+    before = cut(groups, budget, cost=cost)
+    after = leveled(before, len(before), budget, cost=cost)
+    assert identities(after) == identities([groups])
+    assert largest(after, cost=cost) <= largest(before, cost=cost)
+    assert sum(cost(Load.of(part)) for part in after) <= sum(cost(Load.of(part)) for part in before)
+
+
+def test_a_full_pass_and_a_small_rest_become_two_halves() -> None:
+    before = cut([group(2, 4, 4)] * 11, 100)
+    assert tokens(before) == [100, 10]
+    assert tokens(leveled(before, 2, 100)) == [60, 50]
+
+
+def test_what_does_not_fit_evenly_stays() -> None:
+    before = cut([group(0, length) for length in (9, 7, 6, 6, 6, 2)], 18)
+    assert tokens(before) == [18, 18]
+    assert leveled(before, 2, 17) == before
+
+
+def test_short_rows_are_not_padded_to_long_ones() -> None:
+    before = cut([group(1, 20, 20)] * 2 + [group(1, 1, 1)] * 20, 100, cost=COSTS["padded"])
+    assert [len(part) for part in before] == [2, 20]
+    assert leveled(before, 3, 100, cost=COSTS["padded"]) == [*before, []]
+
+
+def test_fewer_groups_than_passes() -> None:
+    assert tokens(leveled([[group(1, 1, 1), group(1, 5, 4)]], 4, 100)) == [10, 3, 0, 0]
+    assert leveled([], 2, 100) == [[], []]
 
 
 def test_nothing_to_cut() -> None:

@@ -11,7 +11,7 @@ from fiducial.model.scoring import Scorer
 from fiducial.reference.sources import NoReference
 from fiducial.training import passes
 from fiducial.training.objective import Objective
-from fiducial.training.passes import costliest, cut_step, floating_point_ops
+from fiducial.training.passes import cut_step, floating_point_ops
 from tiny import random_groups, tiny_model
 
 
@@ -58,9 +58,20 @@ def test_every_process_makes_as_many_passes(monkeypatch: pytest.MonkeyPatch) -> 
 
     step = cut_step(labelled(2), objective(KTOConfig()), 10**6)
 
-    assert [len(part) for part in step.trained] == [2, 0, 0, 0, 0]
-    assert [len(part) for part in step.ahead] == [2, 0, 0]
+    assert [len(part) for part in step.trained] == [1, 1, 0, 0, 0]
+    assert [len(part) for part in step.ahead] == [1, 1, 0]
     assert step.num_groups == 9
+
+
+def test_the_passes_that_another_process_needs_are_even_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = random_groups(24)
+    whole = sum(group.num_tokens for group in groups)
+    monkeypatch.setattr(passes, "gather_numbers", lambda own, device: [own, [24, 3, 0]])
+
+    step = cut_step(groups, objective(DPOConfig()), whole)
+
+    tokens = [sum(group.num_tokens for group in part) for part in step.trained]
+    assert max(tokens) < 1.1 * whole / 3, "the others would wait for a whole step in the first pass"
 
 
 def test_a_process_without_groups_makes_a_pass_all_the_same() -> None:
@@ -71,8 +82,8 @@ def test_the_costliest_pass() -> None:
     groups, kto = labelled(6), objective(KTOConfig())
     longest = max(len(group.prompt) + len(each) for group in groups for each in group.completions)
 
-    assert costliest(groups, kto, 1) == (longest, True)
-    assert costliest(groups, kto, 10**6)[1] is False
+    assert cut_step(groups, kto, 1).costliest("packed") == (longest, True)
+    assert cut_step(groups, kto, 10**6).costliest("packed")[1] is False
 
 
 def test_operations_are_those_of_what_is_scored() -> None:
