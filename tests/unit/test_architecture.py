@@ -21,6 +21,7 @@ LAYERS = {
     "fiducial.reference": 2,
     "fiducial.run_record": 3,
     "fiducial.logps": 3,
+    "fiducial.sending": 3,
     "fiducial.compat": 3,
     "fiducial.agreement": 3,
     "fiducial.data": 4,

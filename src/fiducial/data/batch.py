@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fiducial.data.tokenize import TokenizedGroup
 from fiducial.logps import Completions
+from fiducial.sending import sent
 
 Layout = Literal["packed", "padded"]
 
@@ -80,16 +81,14 @@ class PackedBatch:
         ]
         device = self.target.device
         return Completions(
-            torch.tensor(group, dtype=torch.long).to(device, non_blocking=True),
-            torch.tensor(score, dtype=torch.float32).to(device, non_blocking=True),
+            sent(torch.tensor(group, dtype=torch.long), device),
+            sent(torch.tensor(score, dtype=torch.float32), device),
         )
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The batch with its tensors on `device`."""
-        # A CPU would read, without waiting, what a GPU has yet to write there.
-        ahead = torch.device(device).type == "cuda"
         tensors: dict[str, Any] = {
-            field.name: value.to(device, non_blocking=ahead)
+            field.name: sent(value, device)
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)
         }

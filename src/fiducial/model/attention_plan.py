@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.masking_utils import causal_mask_function
 
 from fiducial.data.batch import Segment
+from fiducial.sending import sent
 
 MAX_BLOCK_ROWS = 192
 """Queries computed together: long enough for fast matrix products, short enough to skip most masked keys."""
@@ -112,7 +113,7 @@ def _variable_length(segments: Sequence[Segment], device: torch.device) -> Varia
     queries = [segment.stop - segment.start for segment in segments]
     keys = [len(row) for row in rows]
     return VariableLengthIndex(
-        keys=torch.cat(rows).to(device, non_blocking=True),
+        keys=sent(torch.cat(rows), device),
         query_offsets=_offsets(queries, device),
         key_offsets=_offsets(keys, device),
         longest_query=max(queries),
@@ -121,8 +122,7 @@ def _variable_length(segments: Sequence[Segment], device: torch.device) -> Varia
 
 
 def _offsets(lengths: Sequence[int], device: torch.device) -> Int[Tensor, " segments_plus_one"]:
-    offsets = torch.tensor([0, *lengths]).cumsum(0)
-    return offsets.to(device, torch.int32, non_blocking=True)
+    return sent(torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32), device)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from fiducial.model.scoring import Scorer
 from fiducial.reference.cache import LogpStore
 from fiducial.reference.endpoint import Endpoint
 from fiducial.reference.plan import ReferencePlan, Schedule, Source
+from fiducial.sending import sent
 
 
 @runtime_checkable
@@ -151,7 +152,7 @@ class Served:
             for completion in group.completions
         ]
         joined = torch.cat(values) if values else torch.zeros(0)
-        return TokenLogps(joined.to(batch.target.device), batch.sequence, batch.num_sequences)
+        return TokenLogps(sent(joined, batch.target.device), batch.sequence, batch.num_sequences)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +171,7 @@ class Precomputed:
         """
         values = [self._values(key, len(completion)) for key, completion in _completions(batch)]
         joined = torch.cat(values) if values else torch.zeros(0)
-        return TokenLogps(joined.to(batch.target.device), batch.sequence, batch.num_sequences)
+        return TokenLogps(sent(joined, batch.target.device), batch.sequence, batch.num_sequences)
 
     def _values(self, key: str, num_tokens: int) -> torch.Tensor:
         values = self.store.get(key)

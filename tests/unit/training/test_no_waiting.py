@@ -3,17 +3,21 @@
 Fake tensors have neither, and raise where one is asked for.
 """
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fiducial.config.methods import DPOConfig, IPOConfig, MethodConfig, ORPOConfig, SimPOConfig
 from fiducial.data.batch import pack
 from fiducial.losses import build_loss
+from fiducial.model.attention_plan import plan_attention
 from fiducial.model.logit_rule import LogitRule
 from fiducial.model.scoring import Scorer
 from fiducial.reference.sources import NoReference
@@ -100,3 +104,41 @@ def test_a_batch_that_comes_to_the_cpu_is_waited_for() -> None:
         batch.to("cpu")
     assert len(copies.ahead) > 3
     assert not any(copies.ahead), "a reference on the CPU would read what a GPU has yet to write"
+
+
+class Pinned(TorchFunctionMode):
+    """In place of a GPU: whether what is sent there comes from pinned memory, and is not waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pinned: list[torch.Tensor] = []
+        self.sent: list[bool] = []
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function is torch.Tensor.pin_memory:
+            self.pinned.append(args[0].clone())
+            return self.pinned[-1]
+        if function is torch.Tensor.to and torch.device(args[1]).type == "cuda":
+            is_pinned = any(args[0] is each for each in self.pinned)
+            self.sent.append(is_pinned and kwargs == {"non_blocking": True})
+            return args[0]
+        return function(*args, **(kwargs or {}))
+
+
+def test_what_goes_to_a_gpu_comes_from_pinned_memory() -> None:
+    batch = pack(GROUPS, layout="packed")
+    with Pinned() as copies:
+        there = batch.to("cuda")
+        plan = plan_attention(batch.segments, torch.device("cuda"))
+    assert len(copies.sent) >= 8, "the batch and what attention reads"
+    assert all(copies.sent), "a copy from elsewhere waits until the GPU has nothing left to do"
+    assert torch.equal(there.target, batch.target)
+    assert plan.variable_length is not None
+    assert plan.variable_length.key_offsets.dtype == torch.int32
+
+
+def test_nothing_is_sent_in_another_way() -> None:
+    package = Path(__file__).parents[3] / "src" / "fiducial"
+    assert [p.name for p in package.rglob("*.py") if "non_blocking" in p.read_text()] == ["sending.py"]
