@@ -3,12 +3,13 @@
 The vocabulary is walked in chunks with all scored tokens at once: a chunk's logits stay in cache and each row
 of the head's gradient is written once. Backward needs the logits again. They are recomputed, but for the
 first chunks, which are kept from the forward pass as far as `KEPT_BYTES` reaches: up to a quarter of the
-head's products saved. A frozen head needs no second look at the vocabulary: the gradient with respect to
-the hidden states, target row minus expected row, is gathered while the forward pass streams by.
+head's products saved, and every second reading of those logits. A frozen head needs no second look at the
+vocabulary: the gradient with respect to the hidden states, target row minus expected row, is gathered while
+the forward pass streams by.
 
-Products run in the inputs' precision (autocast's, inside autocast); sums, exponentials and logarithms in at
-least float32. 504 tokens of width 512 against 32 000 rows in float32, forward and backward on one core: 0.88
-of the time of logits and log-softmax in one piece.
+Products run in the inputs' precision (autocast's, inside autocast), on a GPU without rounding the logits to
+it; sums, exponentials and logarithms in at least float32. 504 tokens of width 512 against 32 000 rows in
+float32, forward and backward on one core: 0.88 of the time of logits and log-softmax in one piece.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,11 +21,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fiducial.model.logit_rule import PLAIN, LogitRule
-from fiducial.model.products import add_product, product, write_product
+from fiducial.model.products import add_product, unrounded_product, write_product
 from fiducial.model.statistics import Gathering
 
-KEPT_BYTES = 256 * 2**20
-"""Logits held from forward to backward, rather than multiplied again."""
+KEPT_BYTES = {"cpu": 2**28, "cuda": 2**30}
+"""Logits held from forward to backward, rather than multiplied again: on a GPU those of 4,000 scored tokens
+with a vocabulary of 128,000, beside activations of ten times the size unless those are recomputed."""
 _CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 """Logits at a time: what a CPU's cache holds; on a GPU enough work for each kernel."""
 _SMALLEST_CHUNK = 512
@@ -52,10 +54,9 @@ def token_logps(
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
     pieces = list(zip(torch.split(hidden, _MAX_TOKENS), torch.split(targets, _MAX_TOKENS), strict=True))
+    kept = _of_device(KEPT_BYTES, hidden) // len(pieces)
     logps = [
-        _piece(
-            _Head(h, head_weight, bias, t, rule, chunk or chunk_rows(h)), KEPT_BYTES // len(pieces), gathering
-        )
+        _piece(_Head(h, head_weight, bias, t, rule, chunk or chunk_rows(h)), kept, gathering)
         for h, t in pieces
     ]
     return logps[0] if len(logps) == 1 else torch.cat(logps)
@@ -72,9 +73,12 @@ def _piece(head: "_Head", kept_bytes: int, gathering: Gathering | None) -> Float
 
 def chunk_rows(hidden: Tensor) -> int:
     """How many rows of the vocabulary are looked at together."""
-    elements = _CHUNK_ELEMENTS.get(hidden.device.type, _CHUNK_ELEMENTS["cuda"])
-    rows = elements // max(len(hidden), 1)
+    rows = _of_device(_CHUNK_ELEMENTS, hidden) // max(len(hidden), 1)
     return max(_SMALLEST_CHUNK, rows // 512 * 512)
+
+
+def _of_device(table: dict[str, int], hidden: Tensor) -> int:
+    return table.get(hidden.device.type, table["cuda"])
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -130,11 +134,11 @@ class _Totals:
 class _Chunk:
     """One chunk of the vocabulary, its softmax taken by itself."""
 
-    shares: Float[Tensor, "scored chunk"]
-    """Softmax within the chunk, times the rule's slope; 0 at the target, whose part is added exactly."""
     log_total: Float[Tensor, " scored"]
     target: Float[Tensor, " scored"]
     """The target's logit where the target is in this chunk."""
+    shares: Float[Tensor, "scored chunk"] | None
+    """Softmax within the chunk, times the rule's slope; 0 at the target, whose part is added exactly."""
 
 
 class _Head:
@@ -158,9 +162,9 @@ class _Head:
         """Totals of all tokens; and shares and log-total of the first chunks, in turn, to be kept."""
         totals, kept = self._nothing_seen(), list[Tensor]()
         for start, rows in self._chunks():
-            chunk = self._look(start, rows)
-            kept_bytes -= chunk.shares.nbytes
-            if kept_bytes >= 0:
+            kept_bytes -= len(self.hidden) * len(rows) * rows.element_size()
+            chunk = self._look(start, rows, shares=kept_bytes >= 0)
+            if chunk.shares is not None:
                 kept += [chunk.shares, chunk.log_total]
             totals = self._add(totals, chunk, start, len(rows))
         self._seen(totals)
@@ -171,7 +175,8 @@ class _Head:
         totals = self._nothing_seen()
         others = torch.zeros_like(self.hidden, dtype=self.wide)
         for start, rows in self._chunks():
-            chunk = self._look(start, rows)
+            chunk = self._look(start, rows, shares=True)
+            assert chunk.shares is not None
             before, totals = totals, self._add(totals, chunk, start, len(rows))
             others *= (before.log_total - totals.log_total).exp()[:, None]
             part = (chunk.log_total - totals.log_total).exp()[:, None]
@@ -217,24 +222,33 @@ class _Head:
         target = torch.where(inside, chunk.target, totals.target)
         return _Totals(target, torch.logaddexp(totals.log_total, chunk.log_total))
 
-    def _look(self, start: int, rows: Tensor) -> _Chunk:
-        logits = product(self.hidden, rows.T).to(self.wide)
-        if self.bias is not None:
-            logits = logits + self.bias[start : start + len(rows)].to(self.wide)
-        logits = self.rule(logits)
+    def _look(self, start: int, rows: Tensor, *, shares: bool) -> _Chunk:
+        logits = self._logits(start, rows)
         index, inside = self._targets_in(start, len(rows))
-        target = logits.gather(1, index)
-        shares = torch.softmax(logits, 1)
-        log_total = logits.amax(1) - shares.amax(1).log()
+        target = logits.gather(1, index)[:, 0].to(self.wide)
+        softmax = torch.softmax(logits, 1, dtype=self.wide)
+        log_total = logits.amax(1).to(self.wide) - softmax.amax(1).log()
         if self.gathering is not None:
-            self.gathering.add(logits, shares, log_total)
-        shares.scatter_(1, index, torch.where(inside[:, None], 0, shares.gather(1, index)))
+            self.gathering.add(logits.to(self.wide), softmax, log_total)
+        if not shares:
+            return _Chunk(log_total, target, None)
+        softmax.scatter_(1, index, torch.where(inside[:, None], 0, softmax.gather(1, index)))
         if self.rule != PLAIN:
-            shares *= self.rule.slope(logits)
-        return _Chunk(shares.to(rows.dtype), log_total, target[:, 0])
+            softmax *= self.rule.slope(logits)
+        return _Chunk(log_total, target, softmax.to(rows.dtype))
+
+    def _logits(self, start: int, rows: Tensor) -> Tensor:
+        products = unrounded_product(self.hidden, rows.T)
+        if self.bias is None and self.rule == PLAIN:
+            return products
+        products = products.to(self.wide)
+        if self.bias is not None:
+            products = products + self.bias[start : start + len(rows)].to(self.wide)
+        return self.rule(products)
 
     def _shares(self, start: int, rows: Tensor) -> tuple[Tensor, Tensor]:
-        chunk = self._look(start, rows)
+        chunk = self._look(start, rows, shares=True)
+        assert chunk.shares is not None
         return chunk.shares, chunk.log_total
 
     def _chunks(self) -> Iterator[tuple[int, Tensor]]:

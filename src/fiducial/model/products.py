@@ -37,6 +37,13 @@ def product(left: Float[Tensor, "m k"], right: Float[Tensor, "k n"]) -> Float[Te
     return left @ right
 
 
+def unrounded_product(left: Float[Tensor, "m k"], right: Float[Tensor, "k n"]) -> Float[Tensor, "m n"]:
+    """The same as it is summed, in float32, where half precision can be had so: on a GPU."""
+    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return product(left, right)
+
+
 def add_product(total: Float[Tensor, "m n"], left: Float[Tensor, "m k"], right: Float[Tensor, "k n"]) -> None:
     """Add left @ right to `total`, summed in its precision."""
     if left.dtype == total.dtype and not _suits(left, right):

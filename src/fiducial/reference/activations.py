@@ -19,7 +19,7 @@ from fiducial.reference.facts import Facts
 from fiducial.reference.precision import BYTES, HeldPrecision
 from fiducial.reference.trained import name_in_first_layer, target_weights, untrained_layers
 
-HEAD_KEPT_BYTES = 256 * 2**20
+HEAD_KEPT_BYTES = {"cpu": 2**28, "gpu": 2**30}
 """Logits a trained head holds from forward to backward (`model.head` has the same number)."""
 HEAD_CHUNK_LOGITS = {"cpu": 2**20, "gpu": 2**26}
 HEAD_SMALLEST_CHUNK = 512
@@ -95,7 +95,8 @@ def training_pass(cfg: RunConfig, facts: Facts, precision: HeldPrecision) -> Pas
     heads = [_head(facts, precision)]
     if cfg.method is not None and cfg.method.needs_distribution:
         heads.append(_second_head(cfg, facts, precision))
-    kept = Logits(HEAD_KEPT_BYTES if cfg.adapter is None else 0, precision.products * sizes.vocab_size)
+    most = 0 if cfg.adapter is not None else HEAD_KEPT_BYTES["gpu" if precision.gpu else "cpu"]
+    kept = Logits(most, precision.products * sizes.vocab_size)
     stored = stored_bytes_per_token(cfg, facts, precision)
     return PassBytes(
         stored + working + sum(head.per_token for head in heads),

@@ -1,6 +1,7 @@
 """The chunked head against all logits at once."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def _assert_close(ours: list[Tensor], naive: list[Tensor], tolerance: float = 1e
 
 @pytest.fixture(params=[0, 500, 2**20], ids=["recomputed", "some kept", "all kept"])
 def _kept(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head, "KEPT_BYTES", request.param)
+    monkeypatch.setattr(head, "KEPT_BYTES", dict.fromkeys(head.KEPT_BYTES, request.param))
 
 
 @pytest.mark.usefixtures("_kept")
@@ -107,13 +108,42 @@ def test_many_tokens_are_scored_piece_by_piece(monkeypatch: pytest.MonkeyPatch) 
     _assert_close(_gradients(ours, [hidden, weight]), _gradients(naive, [hidden, weight]))
 
 
+def spied_looks(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each chunk that is looked at, whether shares are asked for."""
+    looked: list[bool] = []
+    look = head._Head._look
+
+    def spy(self: Any, *chunk: Any, shares: bool) -> Any:
+        looked.append(shares)
+        return look(self, *chunk, shares=shares)
+
+    monkeypatch.setattr(head._Head, "_look", spy)
+    return looked
+
+
 def test_without_gradient_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, _, targets = _inputs()
     monkeypatch.delattr(head._TokenLogps, "forward")
+    looked = spied_looks(monkeypatch)
     with torch.no_grad():
         logps = token_logps(hidden, weight, targets)
     assert not logps.requires_grad
+    assert looked == [False], "shares serve gradients alone"
     _assert_close([logps], [oracles.head_logps(hidden, weight, targets, None, None, 1.0)])
+
+
+@pytest.mark.parametrize(
+    ("kept", "looks"),
+    [(0, [False] * 3 + [True] * 3), (2**20, [True] * 3), (500, [True, False, False] + [True] * 2)],
+)
+def test_what_is_kept_is_looked_at_once(
+    kept: int, looks: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head, "KEPT_BYTES", dict.fromkeys(head.KEPT_BYTES, kept))
+    hidden, weight, _, targets = _inputs()
+    looked = spied_looks(monkeypatch)
+    token_logps(hidden, weight, targets, chunk=8).sum().backward()
+    assert looked == looks
 
 
 @pytest.mark.parametrize("frozen", [False, True])

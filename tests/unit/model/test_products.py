@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fiducial import compat
 from fiducial.model import products
@@ -182,3 +183,13 @@ def test_a_whole_model(calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyP
     exact = gradients()
     for one, other in zip(fast, exact, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_gpu_hands_over_its_sums_unrounded(dtype: torch.dtype) -> None:
+    with FakeTensorMode():
+        there = torch.empty(3, 3, dtype=dtype, device="cuda")
+        assert products.unrounded_product(there, there).dtype == torch.float32
+        assert products.unrounded_product(there.double(), there.double()).dtype == torch.float64
+    here = torch.ones(3, 3, dtype=dtype)
+    assert products.unrounded_product(here, here).dtype == dtype
