@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from fiducial.data.batch import PackedBatch
 from fiducial.data.tokenize import TokenizedGroup
 from fiducial.errors import ModelError
-from fiducial.model import attention_plan
+from fiducial.model import attention_plan, layout
 from fiducial.model.attention_plan import Visibility
 from fiducial.model.layout import choose_layout
 from fiducial.model.scoring import Scorer
@@ -95,6 +95,17 @@ def test_a_leak_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Scorer, "pack", leaking)
     assert "changing one completion moved another" in choose_layout(tiny_model(), GROUPS, packing=None).why
+
+
+@pytest.mark.parametrize(("moved", "then"), [(1e-6, "packed"), (1e-2, "padded")])
+def test_an_experts_products_may_be_rounded_otherwise(
+    moved: float, then: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layouts = iter([0.0, moved] * 2)
+    scored = layout._packed_logps
+    monkeypatch.setattr(layout, "_packed_logps", lambda *args: scored(*args) + next(layouts))
+    assert choose_layout(tiny_model("mixtral", num_key_value_heads=2), GROUPS, packing=None).layout == then
+    assert choose_layout(tiny_model(), GROUPS, packing=None).layout == "padded", "it has no experts"
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
