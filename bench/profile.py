@@ -165,7 +165,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--batch-size", type=int, help="examples a step, if not the data set's own")
     parser.add_argument("--liger", action="store_true", help="with Liger's kernels, on a GPU")
     parser.add_argument("--operations", type=int, default=0, help="print this many single operations too")
-    parser.add_argument("--output", type=Path, default=HERE / "results" / "profile.json")
+    output = HERE / "results" / f"profile{'_cuda' * torch.cuda.is_available()}.json"
+    parser.add_argument("--output", type=Path, default=output)
     options = parser.parse_args(arguments)
     steps = []
     for name in options.data:
