@@ -1,4 +1,6 @@
-"""The tokenizer, with the tokens a run adds to it.
+"""The tokenizer, with the tokens a run adds to it and the chat template it trains with.
+
+The aligned model is asked with the template it was trained with: that one is saved beside it.
 
 Padding is never needed where rows are packed, but other programs that read the saved tokenizer expect a pad
 token: one that has none gets the end-of-sequence token, and the log says so.
@@ -9,6 +11,7 @@ import logging
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fiducial.config.schema import RunConfig
+from fiducial.data.templates import choose_template
 from fiducial.errors import ModelError
 from fiducial.hub import lacks_hub, not_at_hand
 from fiducial.reference.plan import Checkpoint
@@ -18,9 +21,10 @@ logger = logging.getLogger("fiducial")
 
 
 def load_tokenizer(cfg: RunConfig) -> PreTrainedTokenizerBase:
-    """The run's tokenizer, its special tokens set and its new tokens added.
+    """The run's tokenizer, its special tokens and chat template set and its new tokens added.
 
     Raises:
+        ConfigError: The chat template the run names is not there.
         ModelError: No tokenizer is there, or it has neither a pad nor an end-of-sequence token.
     """
     path = cfg.tokenizer.path or cfg.model.base_model
@@ -31,6 +35,8 @@ def load_tokenizer(cfg: RunConfig) -> PreTrainedTokenizerBase:
         tokenizer.add_tokens(list(cfg.tokenizer.tokens))
     if tokenizer.pad_token is None:
         _pad_with_eos(tokenizer, path)
+    if cfg.tokenizer.chat_template or cfg.tokenizer.chat_template_jinja:
+        _take_template(tokenizer, cfg)
     return tokenizer
 
 
@@ -81,6 +87,13 @@ def _open(path: str, cfg: RunConfig) -> PreTrainedTokenizerBase:
     if not len(tokenizer):
         raise ModelError(f"the tokenizer in {path} is empty; name another with `tokenizer_config:`.")
     return tokenizer
+
+
+def _take_template(tokenizer: PreTrainedTokenizerBase, cfg: RunConfig) -> None:
+    template = choose_template(cfg.tokenizer, tokenizer)
+    assert template is not None, "one is asked for"
+    if cfg.tokenizer.chat_template != "tokenizer_default":  # which may have others beside it, for tools
+        tokenizer.chat_template = template.source
 
 
 def _pad_with_eos(tokenizer: PreTrainedTokenizerBase, path: str) -> None:

@@ -60,6 +60,24 @@ def test_neither_pad_nor_eos_names_the_key(tmp_path: Path) -> None:
         load_tokenizer(run(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("settings", "written"),
+    [
+        ({"chat_template": "gemma"}, "<start_of_turn>"),
+        ({"chat_template_jinja": "{{ 'mine' }}"}, "mine"),
+        ({"chat_template": "tokenizer_default_fallback_gemma"}, "<|im_start|>"),
+        ({"chat_template": "tokenizer_default"}, "<|im_start|>"),
+        ({}, "<|im_start|>"),
+    ],
+)
+def test_the_template_trained_with_is_saved(
+    base: Path, tmp_path: Path, settings: dict[str, str], written: str
+) -> None:
+    load_tokenizer(run(base, **settings)).save_pretrained(tmp_path / "saved")
+    saved = load_tokenizer(run(tmp_path / "saved"))
+    assert written in saved.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+
+
 @pytest.mark.parametrize("content", [None, "{", '{"model": 3}'])
 def test_missing_and_damaged_files_are_named(base: Path, content: str | None) -> None:
     file = base / "tokenizer.json"
