@@ -33,6 +33,7 @@ class Reason(StrEnum):
     EMPTY_COMPLETION = "empty completion"
     NO_ASSISTANT = "no assistant turn to compare"
     EQUAL = "chosen equals rejected"
+    ANSWERED = "the prompt already ends in one of its answers"
     DIVERGED = "chosen and rejected answer different prompts"
     TEMPLATE = "the chat template refuses the conversation"
     NO_PREFIX = "prompt and completions share no token"
@@ -65,7 +66,7 @@ class PreferenceExample:
     """What the assistant could call, for the chat template."""
 
     def check(self) -> None:
-        """Raise `OddRow` unless there is a prompt, and completions that differ."""
+        """Raise `OddRow` unless there is a prompt without an answer, and completions that differ."""
         if _is_empty(self.prompt):
             raise OddRow(Reason.EMPTY_PROMPT)
         for completion in self.completions:
@@ -76,6 +77,8 @@ class PreferenceExample:
                 _check_answer(completion)
         if any(self.completions[0] == other for other in self.completions[1:]):
             raise OddRow(Reason.EQUAL)
+        if any(_ends_in(self.prompt, completion) for completion in self.completions):
+            raise OddRow(Reason.ANSWERED, "type: trl.implicit_chat reads whole conversations")
 
 
 def _check_answer(messages: Messages) -> None:
@@ -85,6 +88,11 @@ def _check_answer(messages: Messages) -> None:
         raise OddRow(Reason.DIVERGED, "the conversations differ before their last answer")
     if _is_empty(messages):
         raise OddRow(Reason.EMPTY_COMPLETION)
+
+
+def _ends_in(prompt: Content, completion: Content) -> bool:
+    """Whether the prompt's last turn is the completion's first, as in whole conversations."""
+    return not isinstance(prompt, str) and not isinstance(completion, str) and prompt[-1] == completion[0]
 
 
 def _is_empty(content: Content) -> bool:

@@ -201,6 +201,7 @@ def test_batches_equal_single_examples(bos_tokenizer: PreTrainedTokenizerFast) -
         (chat("Hi", " ", "b"), Reason.EMPTY_COMPLETION),
         (example((turn("user", "Hi"),), (), ()), Reason.NO_ASSISTANT),
         (example((turn("user", "Hi"),), (turn("user", "x"),), (turn("user", "y"),)), Reason.NO_ASSISTANT),
+        (example((turn("user", "Hi"), turn("assistant", "x")), (turn("assistant", "x"),)), Reason.ANSWERED),
         (
             example(
                 (turn("user", "Hi"),),
