@@ -216,3 +216,43 @@ def test_hh_prompt_is_the_shared_dialogue() -> None:
     config = DatasetConfig(path="p", type="hh")
     _, format_, fields = choose_format(config, look_at([row], list(row), config), where="datasets.0")
     assert format_.read(row, fields) == (f"{H} Hi{A}", (f" a{A} b", " c"))
+
+
+def parts(*texts: str) -> list[dict[str, Any]]:
+    """A message's content as OpenAI writes it."""
+    return [{"type": "text", "text": text, "image_url": None} for text in texts]
+
+
+@pytest.mark.parametrize("name", ["trl.implicit_chat", "llama3.argilla_chat"])
+def test_parts_of_text_are_joined(
+    name: str,
+    byte_tokenizer: PreTrainedTokenizerFast,
+    write: Callable[..., Path],
+    run_config: Callable[..., Any],
+) -> None:
+    question = {"role": "user", "content": parts("H", "i")}
+    row = {side: [question, {"role": "assistant", "content": parts(side, "!")}] for side in CHATS}
+    joined = {side: [USER, turn(f"{side}!")] for side in CHATS}
+
+    def ids(row: dict[str, Any]) -> list[Any]:
+        groups = load_groups(run_config({"path": str(write([row])), "type": name}), byte_tokenizer).train
+        return [ids.tolist() for ids in (groups[0].prompt, *groups[0].completions)]
+
+    assert ids(row) == ids(joined)
+
+
+@pytest.mark.parametrize(
+    ("content", "detail"),
+    [
+        ([{"type": "image"}, *parts("Hi")], "content in chosen has a part of type 'image'"),
+        (["Hi"], "content in chosen has a part of type 'str'"),
+        ([{"type": "text", "text": None}], "text of a part of content in chosen"),
+    ],
+)
+def test_parts_that_are_no_text_are_named(content: Any, detail: str) -> None:
+    row = {"chosen": [{"role": "user", "content": content}, turn("a")], "rejected": [USER, turn("b")]}
+    config = DatasetConfig(path="p", type="trl.implicit_chat")
+    _, format_, fields = choose_format(config, look_at([row], list(row), config), where="datasets.0")
+    with pytest.raises(OddRow) as odd:
+        format_.read(row, fields)
+    assert odd.value.detail == detail

@@ -122,8 +122,18 @@ def _message(value: Any, fields: Fields, option: str) -> Message:
     content = value.get(content_key)
     if content is None and rest.get("tool_calls"):
         content = ""
-    text_content = _as_text(content, f"content in {option}")
-    return {"role": fields.roles[role], "content": text_content, **rest}
+    return {"role": fields.roles[role], "content": _joined(content, f"content in {option}"), **rest}
+
+
+def _joined(content: Any, what: str) -> str:
+    """A message's content: text, or a list of parts as OpenAI writes it, all of which are text."""
+    if not isinstance(content, list):
+        return _as_text(content, what)
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        if kind != "text":
+            raise OddRow(Reason.NOT_TEXT, f"{what} has a part of type {kind!r}")
+    return "".join(_as_text(part.get("text"), f"text of a part of {what}") for part in content)
 
 
 def _key(value: Mapping[str, Any], mapped: str | None, usual: tuple[str, ...]) -> str:
