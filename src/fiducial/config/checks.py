@@ -9,6 +9,7 @@ from typing import Any
 from fiducial.config.method_keys import why_no_reference
 from fiducial.config.outcomes import Key, Note, Outcomes, Refuse, Settings
 from fiducial.config.schedule_keys import held_out
+from fiducial.config.template_names import objection
 
 QUANTISED = ("load_in_8bit", "load_in_4bit")
 
@@ -272,6 +273,8 @@ def _templates(settings: Settings) -> Outcomes:
     name, text = settings.get("chat_template"), settings.get("chat_template_jinja")
     if name == "jinja" and not text:
         yield Refuse("chat_template", "jinja needs chat_template_jinja: the template's text, or a file")
+    elif isinstance(name, str) and (why := objection(name)):
+        yield Refuse("chat_template", why)
     if text and name not in (None, "jinja"):
         yield Refuse("chat_template_jinja", f"contradicts chat_template: {name}; write chat_template: jinja")
 

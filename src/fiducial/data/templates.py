@@ -8,7 +8,6 @@ better choice.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,11 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from fiducial.config.schema import TokenizerConfig
+from fiducial.config.template_names import ALIASES, FALLBACK, NAMES, OWN, objection
 from fiducial.data.example import Messages, OddRow, Reason, Tool
 from fiducial.errors import ConfigError
 
 FOLDER = Path(__file__).parent / "chat_templates"
-ALIASES = {"qwen": "chatml"}
-NAMES = tuple(sorted({path.stem for path in FOLDER.glob("*.jinja")} | ALIASES.keys()))
-FALLBACK = "tokenizer_default_fallback_"
 _TODAY = datetime(2024, 7, 26)
 """What templates are told that ask for today's date; it is Llama 3.2's own default."""
 _QUESTION: Messages = ({"role": "user", "content": "?"},)
@@ -122,16 +119,17 @@ def _source(config: TokenizerConfig, tokenizer: PreTrainedTokenizerBase) -> str 
     own = _own(tokenizer)
     if name is None:
         return own
-    if name == "tokenizer_default":
+    if name == OWN:
         if own is None:
             raise ConfigError(
                 f"chat_template: the tokenizer has no template of its own. Name one: {', '.join(NAMES)}."
             )
         return own
+    if why := objection(name):
+        raise ConfigError(f"chat_template: {name} — {why}.")
     if name.startswith(FALLBACK):
-        fallback = _named(name.removeprefix(FALLBACK), name)
-        return own or fallback
-    return _named(name, name)
+        return own or _named(name.removeprefix(FALLBACK))
+    return _named(name)
 
 
 def _own(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -139,15 +137,7 @@ def _own(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return own.get("default") if isinstance(own, dict) else own
 
 
-def _named(name: str, written: str) -> str:
-    if name not in NAMES:
-        known = (*NAMES, "tokenizer_default", *(FALLBACK + each for each in NAMES), "jinja")
-        nearest = get_close_matches(written, known, n=1)
-        hint = f" Did you mean '{nearest[0]}'?" if nearest else ""
-        raise ConfigError(
-            f"chat_template: '{written}' is no template here.{hint} There are {', '.join(NAMES)}, "
-            f"tokenizer_default (the checkpoint's own), {FALLBACK}<name>, and jinja with chat_template_jinja."
-        )
+def _named(name: str) -> str:
     return (FOLDER / f"{ALIASES.get(name, name)}.jinja").read_text(encoding="utf-8")
 
 

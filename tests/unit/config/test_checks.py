@@ -171,6 +171,8 @@ QLORA = {"adapter": "qlora", "load_in_4bit": True}
             {"fsdp_version": 2, "fsdp_config": {"fsdp_version": 2}},
         ),
         ({"chat_template": "jinja"}, "jinja needs chat_template_jinja", {"chat_template_jinja": "{{ x }}"}),
+        ({"chat_template": "qwen_2.5"}, "did you mean qwen_25?", {"chat_template": "qwen_25"}),
+        ({"chat_template": "phi_4"}, "write tokenizer_default, or", {"chat_template": "tokenizer_default"}),
         (
             {"chat_template": "chatml", "chat_template_jinja": "{{ x }}"},
             "contradicts chat_template: chatml; write chat_template: jinja",

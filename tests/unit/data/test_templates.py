@@ -7,8 +7,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from fiducial.config.schema import TokenizerConfig
+from fiducial.config.template_names import NAMES, WRITTEN
 from fiducial.data.example import Messages, OddRow, Reason
-from fiducial.data.templates import NAMES, ChatTemplate, choose_template
+from fiducial.data.templates import FOLDER, ChatTemplate, choose_template
 from fiducial.errors import ConfigError
 from tiny import CHATML
 
@@ -32,11 +33,23 @@ RENDERED = {
     "<|user|>\nc<|end|>\n<|assistant|>\n",
     "zephyr": "<|system|>\nS</s>\n<|user|>\na</s>\n<|assistant|>\nb</s>\n<|user|>\nc</s>\n<|assistant|>\n",
 }
-RENDERED["qwen"] = RENDERED["chatml"]
+RENDERED |= {
+    "qwen": RENDERED["chatml"],
+    "qwen_25": RENDERED["chatml"],
+    "qwen3": RENDERED["chatml"],
+    "gemma3": RENDERED["gemma"],
+    "phi_35": RENDERED["phi_3"],
+    "alpaca": "<s>S\n\n### Instruction:\na\n\n### Response:\nb</s>\n\n### Instruction:\nc\n\n### Response:\n",
+    "mistral_v1": "<s> [INST] a [/INST] b</s> [INST] c [/INST]",
+    "mistral_v2v3": "<s>[INST] a[/INST] b</s>[INST] c[/INST]",
+    "mistral_v3_tekken": "<s>[INST]a[/INST]b</s>[INST]c[/INST]",
+}
+NO_SYSTEM = ("mistral_v1", "mistral_v2v3", "mistral_v3_tekken")
 
 
 def test_every_name_is_tested() -> None:
     assert set(NAMES) == set(RENDERED)
+    assert set(WRITTEN) == {path.stem for path in FOLDER.glob("*.jinja")}
 
 
 @pytest.mark.parametrize("name", RENDERED)
@@ -45,8 +58,19 @@ def test_named_templates(name: str, byte_tokenizer: PreTrainedTokenizerFast) -> 
     for written in (name, f"tokenizer_default_fallback_{name}"):
         template = choose_template(TokenizerConfig(chat_template=written), byte_tokenizer)
         assert template is not None
-        assert template.render(CHAT, add_generation_prompt=True) == RENDERED[name]
-        assert template.opens_the_answer is (name != "mistral")
+        chat = CHAT[1:] if name in NO_SYSTEM else CHAT
+        assert template.render(chat, add_generation_prompt=True) == RENDERED[name]
+        assert template.opens_the_answer is not name.startswith("mistral")
+
+
+@pytest.mark.parametrize("name", NO_SYSTEM)
+def test_templates_that_know_no_system_turn_refuse_it(
+    name: str, byte_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    template = choose_template(TokenizerConfig(chat_template=name), byte_tokenizer)
+    assert template is not None
+    with pytest.raises(OddRow, match="alternation"):
+        template.render(CHAT, add_generation_prompt=True)
 
 
 def source(config: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> str | None:
@@ -72,8 +96,9 @@ def test_choice(byte_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        ({"chat_template": "chatlm"}, "Did you mean 'chatml'"),
+        ({"chat_template": "chatlm"}, "did you mean chatml"),
         ({"chat_template": "tokenizer_default_fallback_x"}, "is no template here"),
+        ({"chat_template": "tokenizer_default_fallback_llama4"}, "write tokenizer_default, or jinja"),
         ({"chat_template": "jinja"}, "needs chat_template_jinja"),
         ({"chat_template": "gemma", "chat_template_jinja": "{{ 1 }}"}, "two templates"),
         ({"chat_template_jinja": "no/such/file.jinja"}, "neither a template's text nor a file"),
