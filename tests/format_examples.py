@@ -44,6 +44,10 @@ def named(prefix: str, prompt: str, end: str) -> dict[str, Example]:
             {"instruction": "2+2?", "chosen_response": "4", "rejected_response": "5", "system": "Be brief."},
             texts,
         ),
+        f"{prefix}.argilla": Example(
+            {"instruction": "2+2?", "chosen_response": "4", "rejected_response": "5", "system": "Be brief."},
+            texts,
+        ),
         f"{prefix}.argilla_chat": Example(
             {"chosen": [system, question, turn("4")], "rejected": [system, question, turn("5")]}, texts
         ),

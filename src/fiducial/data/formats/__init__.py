@@ -47,6 +47,9 @@ def _named(prefix: str, marks: TurnMarks) -> dict[str, Format]:
             chosen=("chosen", "chosen_response"),
             rejected=("rejected", "rejected_response"),
         ),
+        f"{prefix}.argilla": question(
+            "instruction", chosen=("chosen_response", "chosen"), rejected=("rejected_response", "rejected")
+        ),
         f"{prefix}.argilla_chat": Format(Chats(marks), PAIR, reads_messages=True),
         f"{prefix}.icr": question("input"),
         f"{prefix}.intel": question("question"),
