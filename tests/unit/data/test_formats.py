@@ -82,6 +82,15 @@ def test_rows_decide_between_types_of_one_name(written: str, row: dict[str, Any]
     assert choose_format(config, look_at([row], list(row), config), where="datasets.0")[0] == meant
 
 
+def test_a_pair_in_columns_of_its_own_beside_a_label() -> None:
+    row = {"q": "Hi", "good": "yes", "bad": "no", "label": 1}
+    config = DatasetConfig(
+        path="somewhere", type={"field_prompt": "q", "field_chosen": "good", "field_rejected": "bad"}
+    )
+    name, *_ = choose_format(config, look_at([row], list(row), config), where="datasets.0")
+    assert name == "user_defined.default"
+
+
 def test_a_label_under_another_name() -> None:
     row = {"prompt": "?", "completion": "a", "thumbs": "True"}
     config = DatasetConfig(path="p", field_label="thumbs")

@@ -136,11 +136,15 @@ def test_labelled_rows_stay_one_completion(
 ) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text(3 * (json.dumps(row) + "\n"))
-    data = DataConfig(datasets=(DatasetConfig(path=str(file), field_label=field),))
 
-    run = RunConfig(model=ModelConfig(base_model="base"), data=data, method=KTOConfig())
+    def counted(**options: Any) -> int | None:
+        data = DataConfig(datasets=(DatasetConfig(path=str(file), **options),))
+        return count_data(
+            RunConfig(model=ModelConfig(base_model="base"), data=data, method=KTOConfig())
+        ).groups
 
-    assert count_data(run).groups == groups
+    assert counted(field_label=field) == groups
+    assert counted(type={"field_label": field}) == groups
 
 
 def test_a_first_line_that_is_no_json_is_left_to_loading(tmp_path: Path) -> None:

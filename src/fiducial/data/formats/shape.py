@@ -70,5 +70,7 @@ def look_at(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], config: D
         return kinds.pop() if len(kinds) == 1 else "mixed"
 
     options = ("prompt", "chosen", "rejected", "completion", "completions", "label", "system", "messages")
-    names = {option: name for option in options if (name := getattr(config, f"field_{option}")) is not None}
+    own = config.type if isinstance(config.type, Mapping) else {}
+    given = {option: getattr(config, f"field_{option}") or own.get(f"field_{option}") for option in options}
+    names = {option: str(name) for option, name in given.items() if name is not None}
     return Shape({name: column_kind(name) for name in columns}, rows, names)
