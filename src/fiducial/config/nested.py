@@ -57,6 +57,14 @@ _TRL = table(
 )
 _FSDP = table(
     ("use_orig_params sync_module_states", drop("belongs to FSDP 1; FSDP 2 always does it")),
+    (
+        "limit_all_gathers backward_prefetch forward_prefetch",
+        drop("belongs to FSDP 1; it cannot change the result"),
+    ),
+    (
+        "sharding_strategy",
+        no("belongs to FSDP 1; write reshard_after_forward: true for FULL_SHARD, false for SHARD_GRAD_OP"),
+    ),
     ("activation_checkpointing", no("write gradient_checkpointing: true, which works with FSDP 2 too")),
     ("final_state_dict_type", drop("the final model is always saved whole")),
     ("cpu_offload_pin_memory mixed_precision_policy", no("not in this version; precision follows bf16")),
@@ -108,11 +116,14 @@ def _check(value: Any, path: KeyPath, outer: str) -> Outcomes:
         return
     supported, known = _INSIDE[outer][0].split(), _INSIDE[outer][1]
     for key, inner in value.items():
-        entry = known.get(key)
-        if key in supported:
+        name = _name(key, outer)
+        entry = known.get(name)
+        if name in supported:
+            if name != key and name in value:
+                yield Refuse((*path, key), f"means the same as {name}; keep one of them")
             continue
         if entry is None:
-            near = difflib.get_close_matches(str(key), supported, n=1)
+            near = difflib.get_close_matches(str(name), supported, n=1)
             yield Refuse((*path, key), f"unknown key; {_meant(str(key), near, supported)}")
         elif inner is not None:
             yield (
@@ -131,7 +142,8 @@ def supported_part(value: Any, outer: str) -> Any:
     if not isinstance(value, dict):
         return value
     supported = _INSIDE[outer][0].split()
-    kept = {key: inner for key, inner in value.items() if key in supported and inner is not None}
+    named = {_name(key, outer): inner for key, inner in value.items()}
+    kept = {key: inner for key, inner in named.items() if key in supported and inner is not None}
     if (
         outer in ("datasets", "test_datasets")
         and "path" not in kept
@@ -139,6 +151,12 @@ def supported_part(value: Any, outer: str) -> Any:
     ):
         kept["path"] = kept["ds_type"]  # as axolotl's documentation names local files
     return kept
+
+
+def _name(key: Any, outer: str) -> Any:
+    """`key` as it is called here: axolotl's older files write `fsdp_` before options of `fsdp_config`."""
+    is_older = outer == "fsdp_config" and isinstance(key, str) and key != "fsdp_version"
+    return key.removeprefix("fsdp_") if is_older else key
 
 
 def _meant(key: str, near: list[str], supported: list[str]) -> str:

@@ -21,12 +21,18 @@ class Unsupported:
     always: bool = False
     """Whether no value can change the result."""
     suffixes: tuple[str, ...] = ()
-    """Endings of text that asks for what happens anyway."""
+    """Endings of text, or of each in a list, that asks for what happens anyway."""
 
     def changes_nothing(self, value: Any) -> bool:
         """Whether leaving `value` out leads to the run it asks for."""
-        known = isinstance(value, str) and bool(self.suffixes) and value.endswith(self.suffixes)
-        return self.always or known or (self.off and not value) or _is_any(value, self.same)
+        values = value if isinstance(value, list) else [value]
+        known = all(isinstance(each, str) and each.endswith(self.suffixes) for each in values)
+        return (
+            self.always
+            or bool(self.suffixes and known)
+            or (self.off and not value)
+            or _is_any(value, self.same)
+        )
 
 
 def _is_any(value: Any, same: tuple[Any, ...]) -> bool:

@@ -31,7 +31,10 @@ METHOD = table(
     ("trainer_cls", no("Fiducial has one trainer; remove it")),
     (
         "plugins",
-        no("axolotl plugins change axolotl's own code; remove it (loggers have keys: use_wandb, ...)"),
+        no(
+            "liger_* keys and loggers need no plugin here; any other changes axolotl's own code: remove it",
+            suffixes=(".LigerPlugin", ".CutCrossEntropyPlugin", ".SwanLabPlugin"),
+        ),
     ),
 )
 

@@ -307,6 +307,11 @@ def test_notes_of_conversions(tmp_path: Any) -> None:
             2,
             {"reshard_after_forward": True},
         ),
+        (
+            {"fsdp_config": {"fsdp_version": 2, "fsdp_offload_params": True, "fsdp_limit_all_gathers": True}},
+            2,
+            {"offload_params": True},
+        ),
     ],
 )
 def test_the_version_of_fsdp_stands_beside_its_options_or_among_them(
@@ -315,3 +320,15 @@ def test_the_version_of_fsdp_stands_beside_its_options_or_among_them(
     distributed = run(**settings).distributed
     assert (distributed.fsdp_version, distributed.fsdp_config) == (version, config)
     assert "fsdp_config: all — must be a mapping" in refusal(fsdp_version=2, fsdp_config="all")
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ({"fsdp_sharding_strategy": "FULL_SHARD"}, "write reshard_after_forward: true for FULL_SHARD"),
+        ({"fsdp_offload_params": True, "offload_params": True}, "means the same as offload_params"),
+        ({"fsdp_offload": True}, "unknown key; did you mean offload_params?"),
+    ],
+)
+def test_options_of_fsdp_under_their_older_names(option: dict[str, Any], says: str) -> None:
+    assert says in refusal(fsdp_config={"fsdp_version": 2, **option})

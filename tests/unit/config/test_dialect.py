@@ -198,6 +198,7 @@ def test_an_unsupported_key_is_refused_with_its_reason_unless_it_changes_nothing
     [
         ("neftune_noise_alpha", 0),
         ("plugins", []),
+        ("plugins", ["axolotl.integrations.liger.LigerPlugin"]),
         ("relora", False),
         ("loraplus_lr_embedding", 1e-6),
         ("save_safetensors", True),
@@ -221,6 +222,11 @@ def test_a_value_that_asks_for_what_happens_anyway_is_accepted(key: str, value: 
         ("save_safetensors", False, "weights are always saved as safetensors"),
         ("model_type", "MambaModel", "must be a causal LM"),
         ("dp_shard_size", True, "fsdp_version: 2"),
+        (
+            "plugins",
+            ["axolotl.integrations.liger.LigerPlugin", "my.KDPlugin"],
+            "any other changes axolotl's own code",
+        ),
         ("liger_layer_norm", True, "another library's kernel"),
         ("torch_compile", True, "would be compiled anew"),
         ("nemo_gym_port", 5, "generate while they train"),
