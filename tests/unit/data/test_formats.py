@@ -139,6 +139,12 @@ BOTH = {"conversations": [said("Hi", "human")], "messages": [USER], "chosen": "y
         ({}, BOTH, DataError, "any of sharegpt, chat_template.default"),
         ({"type": "chatml.intl"}, PLAIN, ConfigError, "Did you mean 'chatml.intel'"),
         ({"type": "kto"}, PLAIN, ConfigError, r"datasets\.0\.type: 'kto'.*trl\.explicit"),
+        (
+            {"type": "bradley_terry.chat_template"},
+            PLAIN,
+            ConfigError,
+            "type: trl.explicit_chat and field_prompt",
+        ),
         ({"type": "hh", "field_prompt": "prompt"}, PLAIN, ConfigError, "field_prompt: has no effect"),
         ({"type": "trl.explicit", "roles": {"user": ("me",)}}, PLAIN, ConfigError, "roles: has no effect"),
         (

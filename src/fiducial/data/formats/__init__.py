@@ -193,6 +193,11 @@ def _meant_by(config: DatasetConfig) -> tuple[list[str], list[str]]:
 
 def _unknown_type(config: DatasetConfig, where: str) -> ConfigError:
     assert isinstance(config.type, str), "a mapping is a user-defined type"
+    if config.type.startswith("bradley_terry"):
+        return ConfigError(
+            f"{where}.type: '{config.type}' is for reward models. Write type: trl.explicit_chat and "
+            f"field_prompt: input (and field_system: system), which renders the same rows."
+        )
     nearest = get_close_matches(config.type, FORMATS, n=1, cutoff=0.4)
     hint = f" Did you mean '{nearest[0]}'?" if nearest else ""
     return ConfigError(
