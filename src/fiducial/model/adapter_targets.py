@@ -39,13 +39,24 @@ def choose_targets(cfg: AdapterConfig, model: PreTrainedModel) -> list[str] | st
             )
         linear = _linear_layers(model)
         others = [name for name in chosen if name != ALL_LINEAR and not _is_found(name, linear)]
-        return [*linear, *others] if others else ALL_LINEAR
+        return [*_in_layers(linear, cfg), *others] if others else _all_linear(linear, cfg)
+    if cfg.target_modules == ALL_LINEAR:
+        return _all_linear(_linear_layers(model), cfg)
     if isinstance(cfg.target_modules, str):
         return cfg.target_modules
     if chosen or cfg.target_parameters:
         return chosen
     known = model.config.model_type in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-    return None if known else ALL_LINEAR
+    return None if known else _all_linear(_linear_layers(model), cfg)
+
+
+def _all_linear(linear: list[str], cfg: AdapterConfig) -> list[str] | str:
+    return _in_layers(linear, cfg) if cfg.layers_to_transform else ALL_LINEAR
+
+
+def _in_layers(linear: list[str], cfg: AdapterConfig) -> list[str]:
+    """Names for PEFT, which chooses layers among names that are not full ones alone."""
+    return sorted({name.rpartition(".")[2] for name in linear}) if cfg.layers_to_transform else linear
 
 
 def require_all_found(policy: PeftModel, cfg: AdapterConfig, adapter: str) -> None:

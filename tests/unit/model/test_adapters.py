@@ -181,6 +181,24 @@ def test_targets_beside_all_linear_layers_are_added(named: tuple[str, ...], furt
     assert added == {f"model.{name}" for name in further}
 
 
+@pytest.mark.parametrize("model_type", ["llama", "olmo2"])
+@pytest.mark.parametrize(
+    "targets",
+    [
+        {"target_linear": True},
+        {"target_modules": "all-linear"},
+        {},
+    ],
+    ids=str,
+)
+def test_all_linear_layers_may_be_those_of_some_layers(model_type: str, targets: dict[str, Any]) -> None:
+    cfg = AdapterConfig(kind="lora", r=2, layers_to_transform=(1,), **targets)
+    names = [name for name, _ in new_adapter(tiny_model(model_type), cfg, float32=True).named_parameters()]
+    adapted = [name for name in names if "lora_A" in name]
+    assert adapted
+    assert all(".layers.1." in name for name in adapted)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -188,6 +206,10 @@ def test_targets_beside_all_linear_layers_are_added(named: tuple[str, ...], furt
         ({"init_lora_weights": "eva"}, "peft_init_lora_weights: eva"),
         ({"init_lora_weights": "nonsense"}, "nonsense"),
         ({"target_linear": True, "target_modules": ".*q_proj"}, "lora_target_linear"),
+        (
+            {"target_linear": True, "target_modules": ("embed_tokens",), "layers_to_transform": (1,)},
+            "embed_tokens: the adapter finds nothing",
+        ),
         ({"target_modules": ("q_proj", "vv_proj")}, "lora_target_modules: vv_proj: .*called .*v_proj"),
         (
             {"target_linear": True, "target_modules": ("vv_proj",)},
