@@ -215,6 +215,7 @@ H, A = "\n\nHuman:", "\n\nAssistant:"
         ("chatml.argilla_chat", [USER, turn("a")], [turn("Ho", "user"), turn("a")], Reason.DIVERGED),
         ("chatml.argilla_chat", [USER, USER], [USER, turn("a")], Reason.NO_ASSISTANT),
         ("trl.implicit_chat", "text", [USER], Reason.NOT_TEXT),
+        ("trl.implicit_chat", [USER | {"role": ["user"]}], [USER], Reason.UNKNOWN_ROLE),
     ],
 )
 def test_rows_that_are_no_pair(name: str, chosen: object, rejected: object, reason: Reason) -> None:

@@ -111,7 +111,7 @@ def _message(value: Any, fields: Fields, option: str) -> Message:
     role = value.get(role_key)
     if role is None:
         raise OddRow(Reason.MISSING, f"role in {option}")
-    if role not in fields.roles:
+    if not isinstance(role, str) or role not in fields.roles:
         raise OddRow(Reason.UNKNOWN_ROLE, repr(role))
     ours = {theirs: own for own, theirs in names.items()}
     rest: dict[str, Any] = {
