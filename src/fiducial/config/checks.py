@@ -4,6 +4,7 @@ Each check reads the settings in the user's words and yields errors and notes. T
 business: a check says nothing about a value it cannot compare.
 """
 
+import re
 from typing import Any
 
 from fiducial.config.method_keys import why_no_reference
@@ -51,6 +52,7 @@ def check(settings: Settings) -> Outcomes:
         _evaluation,
         _distributed,
         _templates,
+        _expressions,
         _leftovers,
     ):
         yield from rule(settings)
@@ -178,6 +180,11 @@ def _endpoint(block: Settings, given: list[str], source: Any) -> Outcomes:
 
 
 def _data(settings: Settings) -> Outcomes:
+    held = settings.get("val_set_size")
+    if isinstance(held, float) and held > 1 and not held.is_integer():
+        yield Refuse(
+            "val_set_size", "from 1 on it is a number of rows: write a whole one, or a share below 1"
+        )
     for key in ("datasets", "test_datasets"):
         yield from _paths_alone(key, settings.get(key))
     if settings.get("datasets") == []:
@@ -277,6 +284,20 @@ def _templates(settings: Settings) -> Outcomes:
         yield Refuse("chat_template", why)
     if text and name not in (None, "jinja"):
         yield Refuse("chat_template_jinja", f"contradicts chat_template: {name}; write chat_template: jinja")
+
+
+def _expressions(settings: Settings) -> Outcomes:
+    """Regular expressions that are none, before the planner reads names with them."""
+    for key in ("unfrozen_parameters", "lora_target_modules", "lora_rank_pattern", "lora_alpha_pattern"):
+        value = settings.get(key)
+        if key == "lora_target_modules" and not isinstance(value, str):
+            continue  # a list holds names
+        given = [value] if isinstance(value, str) else value
+        for pattern in given if isinstance(given, list | dict) else ():
+            try:
+                re.compile(str(pattern))
+            except re.error as error:
+                yield Refuse(key, f"{pattern} is no regular expression: {error}")
 
 
 def _leftovers(settings: Settings) -> Outcomes:

@@ -171,6 +171,22 @@ QLORA = {"adapter": "qlora", "load_in_4bit": True}
             {"fsdp_version": 2, "fsdp_config": {"fsdp_version": 2}},
         ),
         ({"chat_template": "jinja"}, "jinja needs chat_template_jinja", {"chat_template_jinja": "{{ x }}"}),
+        ({"val_set_size": 1.5, "datasets": [{"path": "a"}]}, "whole one, or a share below 1", {}),
+        (
+            {"unfrozen_parameters": ["lm_head", "("]},
+            "( is no regular expression: missing )",
+            {"unfrozen_parameters": ["lm_head", r"\("]},
+        ),
+        (
+            LORA | {"lora_target_modules": "*proj"},
+            "*proj is no regular expression: nothing to repeat",
+            LORA | {"lora_target_modules": ".*proj"},
+        ),
+        (
+            LORA | {"lora_rank_pattern": {"[": 4}},
+            "[ is no regular expression",
+            LORA | {"lora_rank_pattern": {"q_proj": 4}},
+        ),
         ({"chat_template": "qwen_2.5"}, "did you mean qwen_25?", {"chat_template": "qwen_25"}),
         ({"chat_template": "phi_4"}, "write tokenizer_default, or", {"chat_template": "tokenizer_default"}),
         (
