@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from fiducial import compat
@@ -28,7 +29,7 @@ def read_config(checkpoint: Checkpoint, cfg: ModelConfig, overrides: dict[str, A
     """The checkpoint's config with `overrides` merged in and every dropout at 0.
 
     Raises:
-        ModelError: It cannot be read, or an override names a field it does not have.
+        ModelError: It cannot be read, or an override names a field it does not have or contradicts another.
     """
     try:
         config, unknown = AutoConfig.from_pretrained(
@@ -44,12 +45,24 @@ def read_config(checkpoint: Checkpoint, cfg: ModelConfig, overrides: dict[str, A
     if unknown:
         known = ", ".join(sorted(key for key in config.to_dict() if not key.startswith("_")))
         raise ModelError(
-            f"overrides_of_model_config: {', '.join(sorted(unknown))}: the config of {checkpoint.path} "
-            f"has no such field; it has {known}."
+            f"model_config: {', '.join(sorted(unknown))}: the config of {checkpoint.path} has no such field; "
+            f"it has {known}."
         )
     assert isinstance(config, PreTrainedConfig)
+    _require_valid(config, overrides)
     _silence_dropout(config)
     return config
+
+
+def _require_valid(config: PreTrainedConfig, overrides: dict[str, Any]) -> None:
+    """Ask now what saving asks: a config that contradicts itself could be trained and not saved."""
+    if not overrides or not hasattr(config, "validate"):
+        return
+    try:
+        config.validate()
+    except StrictDataclassError as error:
+        why = str(error.__cause__ or error)
+        raise ModelError(f"model_config: the config contradicts itself with {overrides}: {why}.") from error
 
 
 @compat.weights_in_every_process()

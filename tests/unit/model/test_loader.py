@@ -134,8 +134,14 @@ def test_dropout_is_off(tmp_path: Path) -> None:
 
 def test_overrides_reach_the_config_and_unknown_ones_are_named(base: Path) -> None:
     assert load(run(base, config_overrides={"rms_norm_eps": 0.5})).config.rms_norm_eps == 0.5
-    with pytest.raises(ModelError, match=r"overrides_of_model_config: rms_norm_epz: .*no such field"):
+    with pytest.raises(ModelError, match=r"model_config: rms_norm_epz: .*no such field"):
         load(run(base, config_overrides={"rms_norm_epz": 0.5}))
+
+
+def test_overrides_that_could_not_be_saved_are_refused_before_training(tmp_path: Path) -> None:
+    base = save_checkpoint(tmp_path / "qwen2", "qwen2")  # its config lists the type of each layer
+    with pytest.raises(ModelError, match=r"model_config: .*'num_hidden_layers': 1.*`layer_types` \(2\)"):
+        load(run(base, config_overrides={"num_hidden_layers": 1}))
 
 
 def test_unfrozen_parameters_freeze_the_rest(base: Path) -> None:
