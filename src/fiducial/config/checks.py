@@ -11,6 +11,7 @@ from fiducial.config.method_keys import why_no_reference
 from fiducial.config.outcomes import Key, Note, Outcomes, Refuse, Settings
 from fiducial.config.schedule_keys import held_out
 from fiducial.config.template_names import objection
+from fiducial.config.unsupported_model import ROPE
 
 QUANTISED = ("load_in_8bit", "load_in_4bit")
 
@@ -301,6 +302,10 @@ def _expressions(settings: Settings) -> Outcomes:
 
 
 def _leftovers(settings: Settings) -> Outcomes:
+    for key in ("model_config", "overrides_of_model_config"):
+        overrides = settings.get(key)
+        if isinstance(overrides, dict) and "rope_scaling" in overrides:
+            yield Refuse((key, "rope_scaling"), f"has another name since transformers 5; write {ROPE}")
     if settings.get("resume_from_checkpoint") is True:
         yield Refuse(
             "resume_from_checkpoint",

@@ -10,6 +10,8 @@ _ONLINE = "for methods that generate while they train; Fiducial learns from give
 _SFT = "for supervised training; remove it: preference losses score every completion token and nothing else"
 _IMAGES = "for images; Fiducial aligns text models: remove it"
 _HARDWARE = "the launcher places models (CUDA_VISIBLE_DEVICES, torchrun); remove it"
+ROPE = "{rope_parameters: {rope_type: ..., rope_theta: ..., factor: ...}}"
+"""How transformers 5 names it; what is given replaces the whole, base frequency included."""
 _INTERNAL = "filled in by axolotl itself; nothing here reads it"
 
 METHOD = table(
@@ -97,7 +99,7 @@ MODEL = table(
         "is_falcon_derived_model is_llama_derived_model is_mistral_derived_model is_qwen_derived_model",
         drop(_INTERNAL),
     ),
-    ("rope_scaling", no("write it under model_config: {rope_scaling: {...}}")),
+    ("rope_scaling", no(f"write it under model_config: {ROPE}")),
     (
         "noisy_embedding_alpha neftune_noise_alpha",
         no("noise on the policy alone would move it away from the reference; remove it"),

@@ -171,6 +171,11 @@ QLORA = {"adapter": "qlora", "load_in_4bit": True}
             {"fsdp_version": 2, "fsdp_config": {"fsdp_version": 2}},
         ),
         ({"chat_template": "jinja"}, "jinja needs chat_template_jinja", {"chat_template_jinja": "{{ x }}"}),
+        (
+            {"overrides_of_model_config": {"rope_scaling": {"type": "linear", "factor": 2.0}}},
+            "overrides_of_model_config.rope_scaling: {'type': 'linear', 'factor': 2.0} — has another name",
+            {"overrides_of_model_config": {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}},
+        ),
         ({"val_set_size": 1.5, "datasets": [{"path": "a"}]}, "whole one, or a share below 1", {}),
         (
             {"unfrozen_parameters": ["lm_head", "("]},
