@@ -1,5 +1,6 @@
 """Every format: one row in, the texts that its token ids decode to out."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,18 @@ def test_a_prompt_that_would_be_overlooked_is_pointed_out(column: str) -> None:
     choose({"type": "trl.implicit"}, row)
     choose({}, row | {column: 3.5})
     choose({}, {"source": "web", "chosen": "The sun.", "rejected": "The moon."})
+
+
+@pytest.mark.parametrize("write_down", [json.dumps, repr, lambda turns: json.dumps(turns[0])])
+def test_conversations_written_as_text_are_pointed_out(write_down: Callable[[Any], str]) -> None:
+    asked, chosen, rejected = write_down([USER]), write_down([turn("yes")]), write_down([turn("no")])
+    pair = {"chosen": chosen, "rejected": rejected}
+    for row in ({"prompt": asked, **pair}, pair, {"messages": asked, "chosen": "yes", "rejected": "no"}):
+        with pytest.raises(DataError, match=r"holds conversations written as text.*json\.loads"):
+            choose({}, row)
+    with pytest.raises(DataError, match="'good' holds conversations written as text"):
+        choose({"type": {"field_chosen": "good"}}, {"prompt": "Hi", "good": chosen, "rejected": rejected})
+    choose({}, {"prompt": "As JSON?", "chosen": '{"answer": 1}', "rejected": "[1]"})
 
 
 def test_a_column_that_is_named_and_not_there_is_pointed_out() -> None:

@@ -162,6 +162,7 @@ def choose_format(config: DatasetConfig, shape: Shape, *, where: str) -> tuple[s
     name = _named_format(config, shape, where) or _detect(config, shape, where)
     fields = resolve_fields(name, FORMATS[name], config, where=where, columns=tuple(shape.kinds))
     user_defined.check_templates(fields, where=where)
+    _require_no_written_chats(config, shape, fields, where)
     return name, FORMATS[name], fields
 
 
@@ -235,6 +236,18 @@ def _detect(config: DatasetConfig, shape: Shape, where: str) -> str:
         f"format's name, and say where its parts are with field_prompt, field_chosen, field_rejected, "
         f"field_completion, field_label or field_messages."
     )
+
+
+def _require_no_written_chats(config: DatasetConfig, shape: Shape, fields: Fields, where: str) -> None:
+    """Raise `DataError` for conversations that would be learnt as the text they are written as."""
+    beside = {"prompt", "messages", "conversations"} & shape.kinds.keys()
+    for column in dict.fromkeys((*fields.columns.values(), *sorted(beside))):
+        if fields.columns.get("tools") != column and shape.holds_written_chats(column):
+            raise DataError(
+                f"{where} ({config.path}): the column '{column}' holds conversations written as text. Store "
+                f"them as lists of objects, in jsonl or parquet: json.loads reads them, or ast.literal_eval "
+                f"where keys stand in single quotes."
+            )
 
 
 _PROMPTS = ("prompt", "instruction", "question", "query", "input", "problem")

@@ -1,5 +1,6 @@
 """What the first rows of a dataset look like, column by column: all that `type: auto` decides by."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,6 +12,8 @@ Kind = Literal["text", "texts", "message", "messages", "mixed", "empty", "other"
 ROLE_KEYS = ("role", "from")
 CONTENT_KEYS = ("content", "value")
 LABEL_COLUMNS = ("label", "kto_tag")
+_WRITTEN_CHAT = re.compile(rf"""\s*\[?\s*\{{\s*["']({"|".join((*ROLE_KEYS, *CONTENT_KEYS))})["']\s*:""")
+"""How the JSON text, or Python's, of a message or a list of them begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,11 @@ class Shape:
     def kind(self, option: str) -> Kind | None:
         """What the option's column holds; None where there is no such column."""
         return self.kinds.get(self.column(option))
+
+    def holds_written_chats(self, column: str) -> bool:
+        """Whether every cell is the text of a conversation, as CSV files hold them, and not one itself."""
+        cells = [value for row in self.rows if (value := row.get(column)) is not None]
+        return bool(cells) and all(isinstance(value, str) and _WRITTEN_CHAT.match(value) for value in cells)
 
     @property
     def is_labelled(self) -> bool:
