@@ -8,6 +8,7 @@ OTHER_NAMES = {
     "dpo_ld_alpha": "ld_alpha",
     "alpha": "alphapo_alpha",
     "label_smoothing": "dpo_label_smoothing",
+    "gamma_beta_ratio": "simpo_gamma, the ratio times rl_beta",
     "use_weighting": "dpo_use_weighting",
     "desirable_weight": "kto_desirable_weight",
     "undesirable_weight": "kto_undesirable_weight",

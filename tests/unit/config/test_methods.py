@@ -9,7 +9,7 @@ from fiducial.config import dialect
 from fiducial.config.load import validate_config
 from fiducial.config.method_keys import HYPERPARAMETERS
 from fiducial.config.method_names import ELSEWHERE, FAMILIES, RL
-from fiducial.config.methods import METHODS, MethodConfig
+from fiducial.config.methods import METHODS, AlphaPOConfig, MethodConfig
 from fiducial.errors import ConfigError
 from fiducial.loss_table import yaml_key
 from fiducial.losses import LOSSES
@@ -160,3 +160,10 @@ def test_the_plan_has_a_reference_exactly_where_the_loss_reads_one(method: type[
     other = {"source": "none"} if method.needs_reference else {"source": "separate_model"}
     with pytest.raises(ConfigError, match=r"reference\.source: "):
         validate_config(written(method, reference=other))
+
+
+def test_alphapo_asks_by_default_for_the_margin_of_its_paper() -> None:
+    """Its table gives the margin as a share of beta, and ours is the margin itself."""
+    method = validate_config({"base_model": "base", "rl": "cpo", "cpo_loss_type": "alphapo"}).method
+    assert isinstance(method, AlphaPOConfig)
+    assert method.gamma / method.beta == pytest.approx(0.1)

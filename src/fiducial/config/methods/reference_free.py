@@ -97,8 +97,8 @@ class AlphaPOConfig(MethodConfig):
     name: Literal["alphapo"] = "alphapo"
     beta: PositiveFloat = 2.5
     """Scale of the rewards."""
-    gamma: NonNegativeFloat = 0.1
-    """Target margin of the rewards."""
+    gamma: NonNegativeFloat = 0.25
+    """Target margin of the rewards; the paper tells its ratio to beta, 0.1."""
     reward_alpha: float = 0.25
     """Shape of the reward (1 - p^-alpha)/alpha of the mean probability p; at 0 it is SimPO's log p."""
     cpo_alpha: NonNegativeFloat = 0.0
