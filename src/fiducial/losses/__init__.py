@@ -101,9 +101,9 @@ def build_loss(method: MethodConfig) -> Loss:
     """The loss of `method` with its hyperparameters set.
 
     Raises:
-        ConfigError: a beta of 0 leaves nothing to learn.
+        ConfigError: a beta of 0 leaves no preference to learn.
     """
     if method.needs_reference and method.is_constant:
-        raise ConfigError("rl_beta: 0 makes the loss constant: nothing is learned. Write 0.1, say.")
+        raise ConfigError("rl_beta: 0 leaves no preference in the loss. Write 0.1, say.")
     loss = mixture(method, build_loss) if isinstance(method, MixtureConfig) else LOSSES[type(method)](method)
     return replace(loss, num_completions=method.num_completions) if method.paired else loss

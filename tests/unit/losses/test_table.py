@@ -14,6 +14,8 @@ from fiducial.config.methods import (
     DiscoPOPConfig,
     DPOConfig,
     MethodConfig,
+    MixtureConfig,
+    SFTConfig,
     TPOConfig,
     TPOLConfig,
 )
@@ -140,6 +142,14 @@ def test_every_method_has_a_row() -> None:
     assert set(METHODS) == set(LOSSES)
 
 
-def test_refuses_a_beta_that_makes_the_loss_constant() -> None:
-    with pytest.raises(ConfigError, match="rl_beta: 0"):
-        build_loss(DPOConfig(beta=0))
+@pytest.mark.parametrize(
+    "method",
+    [
+        DPOConfig(beta=0),
+        DPOConfig(beta=0, rpo_alpha=1.0),
+        MixtureConfig(losses=(DPOConfig(beta=0), SFTConfig()), weights=(1.0, 1.0)),
+    ],
+)
+def test_refuses_a_beta_without_a_preference_whatever_is_beside_it(method: MethodConfig) -> None:
+    with pytest.raises(ConfigError, match="rl_beta: 0 leaves no preference in the loss"):
+        build_loss(method)
