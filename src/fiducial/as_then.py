@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fiducial.config.schema import RunConfig
 from fiducial.data.dataset import TokenizedDataset
 from fiducial.data.tokenize import TokenizedGroup
 from fiducial.errors import DataError, ModelError
@@ -24,13 +23,13 @@ from fiducial.offline import kept_to_cache
 from fiducial.prepare import main_console, read_run, typical_groups
 from fiducial.reference.facts import gather_facts
 from fiducial.reference.identity import Identity
-from fiducial.reference.moving import build_follower, load_moved
+from fiducial.reference.moving import build_follower, load_moved, require_moved
 from fiducial.reference.named_adapter import put_named_adapter
 from fiducial.reference.noise import SERVED_ALLOWANCE, logps_of, measure_noise
 from fiducial.reference.plan import ReferencePlan, Source, plan_reference
 from fiducial.reference.predicted import identify_loaded, predict_identity
 from fiducial.reference.sources import Served
-from fiducial.run_record import Answers, RunRecord, require_same_reference
+from fiducial.run_record import Answers, RunRecord, own_record, require_same_reference
 from fiducial.verification import (
     WITHIN_SERVER,
     Findings,
@@ -72,7 +71,7 @@ def _verify(finished: FinishedRun, console: Console) -> Findings:
     try:
         run = replace(read_run(finished.cfg, console), record=record)
     except DataError as error:
-        return tell_findings(console, plan, _weights_alone(finished.cfg, plan, record, str(error)))
+        return tell_findings(console, plan, _weights_alone(finished, plan, record, str(error)))
     loaded = load_to_prove(run)
     findings = (
         _same(record, plan, loaded.identity) | _answers_as_then(loaded, record) | cached_records(loaded)
@@ -90,7 +89,8 @@ def _same(record: RunRecord, plan: ReferencePlan, identity: Identity) -> Finding
     return findings | ({"computed otherwise": "; ".join(computed)} if computed else {})
 
 
-def _weights_alone(cfg: RunConfig, plan: ReferencePlan, record: RunRecord, why: str) -> Findings:
+def _weights_alone(finished: FinishedRun, plan: ReferencePlan, record: RunRecord, why: str) -> Findings:
+    cfg = finished.cfg
     tokenizer = load_tokenizer(cfg)
     identity = predict_identity(cfg, plan, tokenizer)
     if identity is None:
@@ -99,7 +99,11 @@ def _weights_alone(cfg: RunConfig, plan: ReferencePlan, record: RunRecord, why: 
         put_named_adapter(plan, model, pickle=cfg.model.allow_pickle_weights)
         scorer = Scorer(model, layout="padded", autocast=resolve_precision(cfg).autocast)
         identity = identify_loaded(cfg, plan, tokenizer, scorer)
-    return _same(record, plan, identity) | {"log-probs": f"not compared, without the run's data: {why}"}
+    findings = _same(record, plan, identity)
+    if plan.sync is not None and (then := _moved_to(finished)):
+        require_moved(finished.folder, then)
+        findings["moved reference"] = f"{then[:12]}, the same weights as then"
+    return findings | {"log-probs": f"not compared, without the run's data: {why}"}
 
 
 def _answers_as_then(loaded: Loaded, record: RunRecord) -> Findings:
@@ -114,11 +118,21 @@ def _moved_as_then(loaded: Loaded, finished: FinishedRun, record: RunRecord) -> 
     run, second = loaded.run, loaded.second
     assert run.plan.sync is not None
     follower = build_follower(loaded.policy.model, None if second is None else second.model, run.plan.sync)
-    load_moved(follower, finished.folder)
+    then = _moved_to(finished)
+    load_moved(follower, finished.folder, then)
+    weights = f"{then[:12]}, the same weights as then" if then else "loaded"
     groups = list(_find(run.data.sample, record.moved))
     if record.moved is None or not groups:
-        return {"moved reference": "loaded; its log-probs were not recorded on rows that are still there"}
-    return {"moved reference": _compare(loaded, groups, record.moved)}
+        answers = "its log-probs were not recorded on rows that are still there"
+    else:
+        answers = _compare(loaded, groups, record.moved)
+    return {"moved reference": f"{weights}; {answers}"}
+
+
+def _moved_to(finished: FinishedRun) -> str:
+    """Hash of where the reference stood when the folder was written; empty if not known."""
+    own = own_record(finished.record, finished.folder)
+    return "" if own is None else own.moved_weights
 
 
 def _find(data: TokenizedDataset, answers: Answers | None) -> Iterator[TokenizedGroup]:

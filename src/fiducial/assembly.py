@@ -9,6 +9,7 @@ from transformers.trainer_callback import PrinterCallback
 from fiducial.moving_run import Moving, let_it_move
 from fiducial.prepare import Policy, ProvedReference, Run, build_objective, is_first_process
 from fiducial.record_keeping import RecordKeeper, answers, record_of
+from fiducial.reference.moving import state_digest
 from fiducial.reference.sources import Reference
 from fiducial.run_record import Answers
 from fiducial.training.arguments import setting_callbacks
@@ -91,8 +92,10 @@ def _record_keeper(
 ) -> RecordKeeper:
     """What keeps the run's record in checkpoints; it is in the output folder from now on."""
 
-    def moved() -> Answers | None:
-        return None if sync is None else answers(sync.proof, sync.groups)
+    def moved() -> tuple[Answers | None, str]:
+        if sync is None:
+            return None, ""
+        return answers(sync.proof, sync.groups), state_digest(sync.follower.state())
 
     keeper = RecordKeeper(record_of(run, policy, judged), moved, lambda: trainer.objective.running)
     if is_first_process():

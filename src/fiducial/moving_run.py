@@ -8,7 +8,7 @@ from fiducial.reference.cache import LogpStore
 from fiducial.reference.cache.opening import OWN_FOLDER
 from fiducial.reference.fill import warn
 from fiducial.reference.kept import Kept
-from fiducial.run_record import RECORD_FILE, RunRecord
+from fiducial.run_record import RunRecord, own_record
 from fiducial.training.reference_sync import ReferenceSync
 from fiducial.training.reference_window import ReferenceWindow
 from fiducial.training.trainer import PreferenceTrainer
@@ -39,8 +39,9 @@ class Moving:
             steps = self.sync.sync.steps
             self.sync.call_after_move(lambda step: window.open(trainer.asked(step, step + steps)))
         if resume is not None:
-            own = (resume / RECORD_FILE).is_file()  # or else it is of the run's folder, and of another moment
-            self.sync.resume(resume, self.record.moved if own and self.record is not None else None)
+            own = own_record(self.record, resume)
+            then = (None, "") if own is None else (own.moved, own.moved_weights)
+            self.sync.resume(resume, *then)
 
     def close(self) -> None:
         """The run has ended well."""

@@ -24,12 +24,12 @@ class RecordKeeper(TrainerCallback):
     def __init__(
         self,
         record: RunRecord,
-        moved: Callable[[], Answers | None],
+        moved: Callable[[], tuple[Answers | None, str]],
         running: Callable[[], Mapping[str, float]],
     ) -> None:
         self.record = record
         self.moved = moved
-        """What a synced reference answers since its last move."""
+        """What a synced reference answers since its last move, and the hash of its weights."""
         self.running = running
         """What the loss carries to the next step."""
 
@@ -42,7 +42,8 @@ class RecordKeeper(TrainerCallback):
         self._now().write(folder)
 
     def _now(self) -> RunRecord:
-        return replace(self.record, moved=self.moved(), running=dict(self.running()))
+        moved, weights = self.moved()
+        return replace(self.record, moved=moved, moved_weights=weights, running=dict(self.running()))
 
 
 def record_of(run: Run, policy: Policy, judged: ProvedReference) -> RunRecord:

@@ -59,6 +59,8 @@ class RunRecord:
     start: Answers | None
     moved: Answers | None = None
     """Of a synced reference, after its last move."""
+    moved_weights: str = ""
+    """Hash of a synced reference's weights after its last move; empty if not known."""
     running: Mapping[str, float] = field(default_factory=dict)
     """What the loss carried from step to step, as it stood with the weights beside the record."""
     trained_on: str = ""
@@ -106,6 +108,7 @@ class RunRecord:
             "reference": self.reference,
             "start": _plain(self.start),
             "moved": _plain(self.moved),
+            "moved_weights": self.moved_weights,
             "running": dict(self.running),
             "trained_on": self.trained_on,
             "held_out": self.held_out,
@@ -133,6 +136,11 @@ def find_record(folder: Path) -> RunRecord | None:
         if not folder.name.startswith("checkpoint-"):
             break
     return None
+
+
+def own_record(record: RunRecord | None, folder: Path) -> RunRecord | None:
+    """`record` where it lies in `folder` itself; a checkpoint's run may have left one of another moment."""
+    return record if (folder / RECORD_FILE).is_file() else None
 
 
 def no_record_note(folder: Path) -> str:
@@ -241,6 +249,7 @@ def _read(path: Path) -> RunRecord:
             reference=found["reference"],
             start=_answers(found["start"]),
             moved=_answers(found["moved"]),
+            moved_weights=found.get("moved_weights", ""),
             running={name: float(value) for name, value in found.get("running", {}).items()},
             trained_on=found.get("trained_on", ""),
             held_out=found.get("held_out", ""),

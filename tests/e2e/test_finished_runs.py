@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -226,10 +227,32 @@ def test_a_changed_config_of_the_base_is_named(
     assert "rms_norm_eps of the config: 1e-06 then, 0.5 now" in done.output
 
 
-def test_a_moved_reference_that_was_tampered_with_is_found(
+@pytest.mark.parametrize("kind", ["synced", "synced lora"])
+@pytest.mark.parametrize("command", ["verify", "evaluate"])
+@pytest.mark.parametrize("place", ["moved_reference", "checkpoint-2"])
+def test_another_moved_reference_is_found(
+    kind: str,
+    command: str,
+    place: str,
+    finished: Callable[[str], tuple[Path, TrainResult]],
+    tmp_path: Path,
+) -> None:
+    folder = copied(finished(kind)[0], tmp_path / "copy")
+    (folder / "pairs-16.jsonl").rename(folder / "other.jsonl")  # rows are not needed to see it
+    change_one_weight(folder / "out" / place / "reference_state.safetensors")
+    of = folder / "out" if place == "moved_reference" else folder / "out" / place
+    rows = [f"datasets.0.path={folder / 'other.jsonl'}"] if command == "evaluate" else []
+    done = fiducial_command(command, of, *rows)
+    assert done.exit_code == 2
+    assert f"{place} is not the one this run had moved to" in done.output
+
+
+def test_a_moved_reference_that_answers_differently_is_found(
     finished: Callable[[str], tuple[Path, TrainResult]], tmp_path: Path
 ) -> None:
     folder = copied(finished("synced")[0], tmp_path / "copy")
+    record = read_record(folder / "out")
+    replace(record, moved_weights="").write(folder / "out")  # as older versions did
     change_one_weight(folder / "out" / "moved_reference" / "reference_state.safetensors")
     done = fiducial_command("verify", folder / "out")
     assert done.exit_code == 2

@@ -10,6 +10,7 @@ What a follower keeps is whole in every process, also where the model is sharded
 save it. Weights that FSDP2 has gathered for a pass are let go first: what is written to those is lost.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
@@ -24,6 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fiducial.errors import TrainingError
 from fiducial.model.adapters import POLICY_ADAPTER, REFERENCE_ADAPTER, renamed
+from fiducial.reference.fingerprint import hash_tensor
 from fiducial.reference.kinds import Sync
 
 STATE_FILE = "reference_state.safetensors"
@@ -164,27 +166,59 @@ def save_follower(follower: Follower, folder: Path) -> None:
     aside.replace(folder / STATE_FILE)
 
 
-def load_moved(follower: Follower, folder: Path) -> None:
+def state_digest(state: Mapping[str, Tensor]) -> str:
+    """Hash of every bit of what a follower keeps, and of its names."""
+    lines = [f"{name} {hash_tensor(state[name])}" for name in sorted(state)]
+    return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
+
+
+def load_moved(follower: Follower, folder: Path, then: str = "") -> None:
     """Put back where the reference stood when a checkpoint, or the output folder of a run, was written.
 
     Raises:
-        TrainingError: the folder does not hold it, or not of this run's model.
+        TrainingError: the folder does not hold it, or it is another one than `then`.
     """
-    at_end = folder / MOVED_FOLDER
-    load_follower(follower, at_end if (at_end / STATE_FILE).is_file() else folder)
+    load_follower(follower, _folder_of_moved(folder), then)
 
 
-def load_follower(follower: Follower, folder: Path) -> None:
-    """Put the weights back that `save_follower` kept.
+def load_follower(follower: Follower, folder: Path, then: str = "") -> None:
+    """Put the weights back that `save_follower` kept; `then` is their `state_digest`, if known.
 
     Raises:
-        TrainingError: they are not there or not of this run's model.
+        TrainingError: they are not there, not of this run's model, or others than `then`.
     """
-    path = folder / STATE_FILE
+    state = _read(folder, then)
     try:
-        follower.load(load_file(path))
-    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+        follower.load(state)
+    except (KeyError, RuntimeError) as error:
+        raise _not_there(folder, error) from error
+
+
+def require_moved(folder: Path, then: str) -> None:
+    """Raise `TrainingError` where `load_moved` would not find the weights with the digest `then`."""
+    _read(_folder_of_moved(folder), then)
+
+
+def _folder_of_moved(folder: Path) -> Path:
+    at_end = folder / MOVED_FOLDER
+    return at_end if (at_end / STATE_FILE).is_file() else folder
+
+
+def _read(folder: Path, then: str) -> dict[str, Tensor]:
+    try:
+        state = load_file(folder / STATE_FILE)
+    except (OSError, SafetensorError) as error:
+        raise _not_there(folder, error) from error
+    if then and state_digest(state) != then:
         raise TrainingError(
-            f"{path} does not hold the reference this run had moved to ({error}). Without it the run cannot "
-            "be resumed or evaluated exactly; name another checkpoint, or start again."
-        ) from error
+            f"the reference in {folder} is not the one this run had moved to when that was saved: its "
+            f"weights are others. Put its {STATE_FILE} back, or name another checkpoint."
+        )
+    return state
+
+
+def _not_there(folder: Path, error: Exception) -> TrainingError:
+    return TrainingError(
+        f"{folder / STATE_FILE} does not hold the reference this run had moved to ({error}). Without it the "
+        "run cannot be resumed or evaluated exactly; name another checkpoint, or start again."
+    )

@@ -86,13 +86,15 @@ class ReferenceSync(TrainerCallback):
             )
             self._tell(state.global_step)
 
-    def resume(self, checkpoint: Path, then: Answers | None = None) -> None:
+    def resume(self, checkpoint: Path, then: Answers | None = None, weights: str = "") -> None:
         """Put the reference back to where it was when `checkpoint` was saved, and answered as `then`.
+
+        `weights` is the hash it had, if known.
 
         Raises:
             TrainingError: the checkpoint does not hold it, or it answers differently now.
         """
-        load_follower(self.follower, checkpoint)
+        load_follower(self.follower, checkpoint, weights)
         self._prove("when the run was resumed", equal=False)
         known = {} if then is None else dict(zip(then.keys, then.logps, strict=True))
         keys = [key for group in self.groups for key in group.keys]

@@ -17,10 +17,9 @@ from fiducial.reference.cache import LogpStore, score_reference
 from fiducial.reference.cache.home import Tell
 from fiducial.reference.cache.places import is_identity
 from fiducial.reference.cache.processes import from_first, rank
-from fiducial.reference.fingerprint import hash_tensor
 from fiducial.reference.identity import Identity
 from fiducial.reference.kept import Kept
-from fiducial.reference.moving import Follower
+from fiducial.reference.moving import Follower, state_digest
 
 Asked = Callable[[int, int], Sequence[TokenizedGroup]]
 """What all processes will ask the reference from one optimizer step up to another, as far as it is known."""
@@ -64,9 +63,8 @@ class ReferenceWindow:
             self._folder.rmdir()
 
     def _version(self) -> Identity:
-        state = self.follower.state()
-        lines = [f"{name} {hash_tensor(state[name])}" for name in sorted(state)]
-        weights = hashlib.blake2b("\n".join([self._start.weights, *lines]).encode(), digest_size=16)
+        lines = [self._start.weights, state_digest(self.follower.state())]
+        weights = hashlib.blake2b("\n".join(lines).encode(), digest_size=16)
         return replace(self._start, weights=weights.hexdigest(), fingerprint=None)
 
     def _remove(self, other_than: str = "") -> None:
