@@ -22,6 +22,12 @@ def reference_bits(cfg: RunConfig) -> Bits | None:
     return _bits(cfg.reference) or policy_bits(cfg)
 
 
+def offloads_policy(cfg: RunConfig) -> bool:
+    """Whether FSDP2 keeps the policy's weights in the CPU's memory between layers' turns."""
+    options = cfg.distributed.fsdp_config or {}
+    return cfg.distributed.fsdp_version is not None and bool(options.get("offload_params"))
+
+
 def why_approximate(cfg: RunConfig, source: Source, *, gpu: bool | None = None) -> str | None:
     """How a second model is held otherwise than the policy, so that it answers only almost the same."""
     if source is not Source.SEPARATE_MODEL:

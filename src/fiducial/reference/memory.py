@@ -6,57 +6,28 @@ are per process and without what the allocator wastes.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 from fiducial.config.schema import RunConfig
 from fiducial.reference.activations import scoring_pass, training_pass
-from fiducial.reference.checkpoint import TensorFact
 from fiducial.reference.facts import Facts, ModelFacts
 from fiducial.reference.holding import Bits, policy_bits, reference_bits
 from fiducial.reference.kinds import ReferencePlan, Schedule, Source
+from fiducial.reference.policy_memory import (
+    MemoryPart,
+    When,
+    model_bytes,
+    offloads,
+    policy_parts,
+    trained_width,
+)
 from fiducial.reference.precision import BYTES, HeldPrecision, held_precision
 from fiducial.reference.trained import count_trained, layer_of
-
-When = Literal["throughout", "training", "scoring"]
 
 LARGEST_BUDGET = {"cpu": 3_072, "gpu": 16_384}
 """Tokens of one pass beyond which matrix products are no faster (docs/performance.md)."""
 _KEPT = {"cpu": "in the CPU's memory", "disk": "on disk"}
 _SPARE = 0.8
 """Share of free memory the token budget may fill; the rest is for what the formula does not see."""
-
-_QUANTISED_BYTES: dict[Bits, float] = {4: 0.516, 8: 1.0}
-"""A weight's; in 4 bits with its scales: blocks of 64 share a byte, and 256 of these a float32."""
-
-_STATE_BYTES: tuple[tuple[str, float], ...] = (
-    ("galore", 2.0),
-    ("apollo", 2.0),
-    ("adafactor", 0.0),
-    ("lomo", 0.0),
-    ("schedule_free_sgd", 4.0),
-    ("sgd", 0.0),
-    ("ademamix_8bit", 3.0),
-    ("ademamix", 12.0),
-    ("lion_8bit", 1.0),
-    ("lion", 4.0),
-    ("rmsprop_bnb_8bit", 1.0),
-    ("rmsprop", 4.0),
-    ("adagrad", 4.0),
-    ("4bit", 1.0),
-    ("8bit", 2.0),
-)
-"""Bytes of optimizer state a trained weight, by the first part of its name that matches; AdamW's are 8."""
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryPart:
-    """One thing that takes memory."""
-
-    name: str
-    bytes: int
-    when: When
-    on_cpu: bool = False
-    """Held in the CPU's memory although the run is on another device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,33 +72,18 @@ def estimate_memory(
         longest: Most tokens of a group, where the data is known; None takes the longest that is allowed.
     """
     precision = held_precision(cfg, gpu=gpu)
-    trained = count_trained(cfg, facts)
-    trained_bytes = precision.adapter if cfg.adapter else BYTES[precision.weights]
-    bits = policy_bits(cfg)
-    base = _model_bytes(facts.model, precision.weights, bits)
-    adapter = trained.adapter * precision.adapter
-    multiplied = facts.model.num_parameters - _quantised(facts.model, bits)
-    copies = multiplied * precision.products if precision.casts else 0
     # A pass holds at least one group, which is never cut, and no more than one optimizer step has.
     longest = longest or longest_group(cfg)
     step = cfg.optimization.groups_per_step * longest
     largest_pass = max(token_budget, longest)
+    one_pass = step <= largest_pass
     tokens = min(largest_pass, step) if token_budget else 0
     activations = training_pass(cfg, facts, precision).of(tokens)
-    gradients = trained.total * trained_bytes
-    if step <= largest_pass:
-        head = facts.model.sizes.vocab_size * facts.model.sizes.hidden * trained_bytes
-        activations = _beside_gradients(activations, gradients, first=min(head, gradients))
+    if one_pass and not offloads(cfg, precision):
+        activations = _beside_gradients(activations, cfg, facts, precision)
+    adapter = count_trained(cfg, facts).adapter * precision.adapter
     parts = [
-        MemoryPart("policy weights", base, "throughout"),
-        MemoryPart("adapter weights", adapter, "throughout"),
-        MemoryPart("autocast copies of weights", copies, "training"),
-        MemoryPart("gradients", gradients, "training"),
-        MemoryPart(
-            f"optimizer state ({cfg.optimization.optimizer})",
-            int(trained.total * _state_bytes(cfg.optimization.optimizer, trained_bytes)),
-            "training",
-        ),
+        *policy_parts(cfg, facts, precision, one_pass=one_pass),
         *_reference_parts(cfg, facts, plan, precision, adapter),
         MemoryPart("activations of a training pass", activations, "training"),
     ]
@@ -166,13 +122,16 @@ def longest_group(cfg: RunConfig, listed: int | None = None) -> int:
     return sequence_len * ((cfg.method.num_completions or listed or 2) if cfg.method.paired else 1)
 
 
-def _beside_gradients(activations: int, gradients: int, *, first: int) -> int:
+def _beside_gradients(activations: int, cfg: RunConfig, facts: Facts, precision: HeldPrecision) -> int:
     """What activations add to gradients where a step is one pass.
 
-    Gradients come as the backward frees activations, the head's (`first`) before any of the layers'. So the
-    peak is the larger of all activations with the head's gradient, and all gradients.
+    Gradients come as the backward frees activations, the head's before any of the layers'. So the peak is the
+    larger of all activations with the head's gradient, and all gradients.
     """
-    return max(activations + first - gradients, 0)
+    width = trained_width(cfg, precision)
+    gradients = count_trained(cfg, facts).total * width
+    head = facts.model.sizes.vocab_size * facts.model.sizes.hidden * width
+    return max(activations + min(head, gradients) - gradients, 0)
 
 
 def _reference_parts(
@@ -194,7 +153,7 @@ def _second_model(
     model, held = facts.reference or facts.model, cfg.reference.dtype or precision.weights
     when: When = "scoring" if plan.schedule is Schedule.PRECOMPUTED else "throughout"
     on_cpu = precision.gpu and cfg.reference.device == "cpu"
-    whole = _model_bytes(model, held, reference_bits(cfg))
+    whole = model_bytes(model, held, reference_bits(cfg))
     if plan.frozen_held_once:
         whole = count_trained(cfg, facts).base * BYTES[held]
     if cfg.reference.offload is not None:
@@ -223,42 +182,14 @@ def _named_adapter_bytes(facts: Facts, policy_adapter: int) -> int:
     return policy_adapter if size is None else size * BYTES["float32"]
 
 
-def _model_bytes(model: ModelFacts, dtype: str, bits: Bits | None) -> int:
-    """Quantised weights take 1 byte, or half a byte and their scales; all others are float32 beside them."""
-    if bits is None:
-        return model.num_parameters * BYTES[dtype]
-    matrices = _quantised_matrices(model)
-    quantised = sum(tensor.size for tensor in matrices)
-    scales = 4 * sum(tensor.shape[0] for tensor in matrices) if bits == 8 else 0  # one a row
-    others = (model.num_parameters - quantised) * BYTES["float32"]
-    return int(quantised * _QUANTISED_BYTES[bits]) + scales + others
-
-
-def _quantised(model: ModelFacts, bits: Bits | None) -> int:
-    """Weights that bitsandbytes holds in fewer bits."""
-    return 0 if bits is None else sum(tensor.size for tensor in _quantised_matrices(model))
-
-
-def _quantised_matrices(model: ModelFacts) -> list[TensorFact]:
-    """The matrices of layers; not embeddings, head and norms."""
-    return [
-        tensor
-        for name, tensor in model.tensors.items()
-        if len(tensor.shape) == 2 and name.endswith(".weight") and layer_of(name) is not None
-    ]
-
-
-def _state_bytes(optimizer: str, trained_bytes: int) -> float:
-    listed = next((size for part, size in _STATE_BYTES if part in optimizer), None)
-    return 2.0 * trained_bytes if listed is None else listed
-
-
 def _policy_line(cfg: RunConfig, facts: Facts, precision: HeldPrecision) -> str:
     trained = count_trained(cfg, facts)
     kind = _kind(policy_bits(cfg), precision.weights)
     line = f"policy: {_count(facts.model.num_parameters)} weights once, in {kind}"
     if cfg.adapter is not None:
         line += f", and an adapter of {_count(trained.adapter)}"
+    if offloads(cfg, precision):
+        line += ", in the CPU's memory while they train"
     return f"{line}; {_count(trained.total)} are trained"
 
 

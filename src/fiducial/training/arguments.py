@@ -21,6 +21,7 @@ from fiducial.compat import use_one_device
 from fiducial.config.schema import RunConfig
 from fiducial.errors import ConfigError
 from fiducial.model.precision import resolve_precision
+from fiducial.reference.holding import offloads_policy
 from fiducial.training.callbacks import BestMetricIsMeasured
 from fiducial.training.optimizer_settings import check_optimizer_settings, optimizer_options
 
@@ -170,19 +171,13 @@ def _distribution(cfg: RunConfig) -> dict[str, Any]:
         # Without a GPU several processes find each other only if told that this is meant.
         "use_cpu": not torch.accelerator.is_available(),
         # Gradients of offloaded weights are clipped on the CPU, where NCCL adds up nothing.
-        "ddp_backend": "cuda:nccl,cpu:gloo" if _offloads(cfg) and torch.cuda.is_available() else None,
+        "ddp_backend": "cuda:nccl,cpu:gloo" if offloads_policy(cfg) and torch.cuda.is_available() else None,
         "ddp_timeout": options.ddp_timeout,
         "ddp_bucket_cap_mb": options.ddp_bucket_cap_mb,
         # Every pass of every process uses every trained weight; looking for unused ones costs time.
         "ddp_find_unused_parameters": False,
         "ddp_broadcast_buffers": options.ddp_broadcast_buffers,
     }
-
-
-def _offloads(cfg: RunConfig) -> bool:
-    """Whether FSDP2 keeps the weights in the CPU's memory between layers' turns."""
-    options = cfg.distributed.fsdp_config or {}
-    return cfg.distributed.fsdp_version is not None and bool(options.get("offload_params"))
 
 
 def _fsdp_config(options: dict[str, Any] | None) -> dict[str, Any]:
@@ -255,7 +250,7 @@ def _check_launch(cfg: RunConfig) -> None:
         )
     if world_size() > 1:
         return
-    if not _offloads(cfg):
+    if not offloads_policy(cfg):
         raise ConfigError(
             "fsdp_version: one process has nothing to shard between. Launch with torchrun, or keep the "
             "weights in the CPU's memory with fsdp_config: {offload_params: true}."

@@ -10,6 +10,7 @@ from fiducial.config.schema import (
     AdapterConfig,
     DataConfig,
     DatasetConfig,
+    DistributedConfig,
     ModelConfig,
     OptimizationConfig,
     ReferenceConfig,
@@ -69,6 +70,45 @@ def test_optimizer_state(optimizer: str, bytes_per_weight: int, families: dict[s
     )
     trained = count_trained(cfg, gather_facts(cfg)).total
     assert part(estimate(cfg), "optimizer state") == bytes_per_weight * trained
+
+
+@pytest.mark.parametrize("adapter", [None, AdapterConfig(kind="lora", r=8, alpha=16)], ids=["full", "lora"])
+def test_offloaded_weights_are_in_the_cpus_memory_while_they_train(
+    adapter: AdapterConfig | None, families: dict[str, Path]
+) -> None:
+    held = run_config(families["llama"], adapter=adapter)
+    held = held.model_copy(update={"optimization": OptimizationConfig(gradient_accumulation_steps=1)})
+    options = DistributedConfig(fsdp_version=2, fsdp_config={"offload_params": True})
+    away = held.model_copy(update={"distributed": options})
+    before, after = estimate(held, 1, gpu=True), estimate(away, 1, gpu=True)
+    waiting = {item.name.split(" (")[0]: item.bytes for item in after.parts if item.on_cpu}
+    weights = part(before, "policy weights") + part(before, "adapter weights")
+    assert waiting["policy weights"] == weights
+    assert waiting["gradients"] == part(before, "gradients")
+    assert waiting["optimizer state"] == part(before, "optimizer state")
+    # The model is loaded and proved before it is offloaded.
+    assert after.at("scoring") == before.at("scoring")
+    assert after.at("training") < before.at("training")
+    layers = [name for name in gather_facts(held).model.tensors if ".layers." in name]
+    assert layers, "the model's layers are known by their names"
+    here = part(after, "policy weights of the layers at hand")
+    outside = 2 * sum(
+        fact.size for name, fact in gather_facts(held).model.tensors.items() if name not in layers
+    )
+    assert outside < here < weights
+    assert estimate(away, 1, gpu=False).parts == estimate(held, 1, gpu=False).parts  # it is all the CPU's
+
+
+def test_gradients_of_offloaded_weights_stay_until_the_last_pass_of_a_step(families: dict[str, Path]) -> None:
+    options = DistributedConfig(fsdp_version=2, fsdp_config={"offload_params": True})
+    cfg = run_config(families["llama"]).model_copy(
+        update={
+            "distributed": options,
+            "optimization": OptimizationConfig(gradient_accumulation_steps=4),
+        }
+    )
+    gradients = [item for item in estimate(cfg, 1, gpu=True).parts if item.name.startswith("gradients")]
+    assert [item.on_cpu for item in gradients] == [False]
 
 
 @pytest.mark.parametrize(("schedule", "when"), [("live", "throughout"), ("precomputed", "scoring")])
