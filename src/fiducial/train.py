@@ -42,7 +42,7 @@ from fiducial.training.callbacks import Interrupted, Interruption, saved_micro_b
 from fiducial.training.checkpoints import Launch, full_disk_explained, to_resume
 from fiducial.training.closing import closing_table, first_and_last
 from fiducial.training.loggers import close_loggers, reporting, require_loggers
-from fiducial.training.output_folder import keep_sources, make_output_folder
+from fiducial.training.output_folder import keep_sources, make_output_folder, require_room
 from fiducial.training.progress import ProgressBar
 from fiducial.training.pushing import pushing_explained
 from fiducial.training.reference_sync import ReferenceSync
@@ -85,6 +85,7 @@ def train(cfg: RunConfig | Mapping[str, Any], *, console: Console | None = None)
 def _run_to_its_end(run: Run) -> TrainResult:
     output_dir = Path(run.cfg.output.output_dir)
     resume = _checkpoint_to_resume(run.cfg)
+    require_room(run.cfg, run.facts, resuming=resume is not None)
     args = _arguments(run, resuming=resume is not None)
     told, disk = reporting(run.cfg.output), full_disk_explained(output_dir, _launch(run.cfg))
     pushed = pushing_explained(run.cfg.output.hub_model_id)

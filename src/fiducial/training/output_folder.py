@@ -1,10 +1,14 @@
 """The folder a run writes to, looked at before anything is read: may it be written to, what is in it?"""
 
 import os
+import shutil
 from pathlib import Path
 
 from fiducial.config.schema import RunConfig
 from fiducial.errors import ConfigError
+from fiducial.reference.facts import Facts
+from fiducial.reference.precision import BYTES, held_precision
+from fiducial.reference.trained import count_trained
 from fiducial.training.checkpoints import WHOLE_WEIGHTS
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -36,6 +40,38 @@ def keep_sources(cfg: RunConfig) -> None:
 def make_output_folder(cfg: RunConfig) -> Path:
     """The run's `output_dir`, as `make_folder` makes it."""
     return make_folder(Path(cfg.output.output_dir), "output_dir", adapter=cfg.adapter is not None)
+
+
+def require_room(cfg: RunConfig, facts: Facts, *, resuming: bool) -> None:
+    """Raise `ConfigError` where the run's weights would not fit on the disk that holds `output_dir`.
+
+    What is certain to be written is counted: the trained model, and the first checkpoint of a run that saves
+    some. Weights that are there already may be written over. Without checkpoints a model that finds the disk
+    full at the end of training is lost.
+    """
+    folder, saves = Path(cfg.output.output_dir), cfg.output.save_strategy != "no" and not resuming
+    needed = _saved_bytes(cfg, facts) * (2 if saves else 1)
+    disk = shutil.disk_usage(folder)
+    there = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    if needed <= disk.free + there or disk.total == 0:  # some network disks do not tell
+        return
+    what = "the trained model and a checkpoint of it take" if saves else "the trained model takes"
+    without = ", or save no checkpoints (save_strategy: no)" if saves else ""
+    raise ConfigError(
+        f"output_dir: the disk that holds {folder} has {_gib(disk.free)} free, and {what} at least "
+        f"{_gib(needed)}. Free space there, name a folder on another disk{without}."
+    )
+
+
+def _saved_bytes(cfg: RunConfig, facts: Facts) -> int:
+    precision = held_precision(cfg)
+    if cfg.adapter is not None:
+        return count_trained(cfg, facts).adapter * precision.adapter
+    return facts.model.num_parameters * BYTES[precision.weights] if facts.model.shapes_are_exact else 0
+
+
+def _gib(number: int) -> str:
+    return f"{number / 2**30:.1f} GiB"
 
 
 def make_folder(folder: Path, key: str, *, adapter: bool) -> Path:
