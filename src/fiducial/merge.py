@@ -114,7 +114,7 @@ def _require_base_of_then(cfg: RunConfig, trained: Path, tokenizer: PreTrainedTo
     `run.json` knows the base by itself where the reference was the policy with its adapter off.
     """
     finished = from_config(cfg, trained)
-    if finished.record is None or finished.record.reference is None:
+    if finished.record is None or finished.record.reference is None or _begins_elsewhere(cfg):
         return
     plan = plan_reference(finished.cfg, gather_facts(finished.cfg))
     if plan.source is not Source.ADAPTER_OFF:
@@ -122,6 +122,12 @@ def _require_base_of_then(cfg: RunConfig, trained: Path, tokenizer: PreTrainedTo
     now = predict_identity(finished.cfg, plan, tokenizer)
     if now is not None:
         require_same_reference(finished.record, now.as_dict())
+
+
+def _begins_elsewhere(cfg: RunConfig) -> bool:
+    """Whether the reference is another policy than the base: what it was need not be there for merging."""
+    asked, resumed = cfg.reference, cfg.adapter is not None and cfg.adapter.path is not None
+    return resumed or any(other is not None for other in (asked.model, asked.adapter, asked.endpoint))
 
 
 def _keep_sources(target: Path, cfg: RunConfig, trained: Path) -> None:

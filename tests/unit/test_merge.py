@@ -11,7 +11,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fiducial.config.methods import DPOConfig
-from fiducial.config.schema import AdapterConfig, ModelConfig, OutputConfig, RunConfig
+from fiducial.config.schema import (
+    AdapterConfig,
+    ModelConfig,
+    OutputConfig,
+    ReferenceConfig,
+    RunConfig,
+)
 from fiducial.errors import ConfigError, ModelError
 from fiducial.finished import FinishedRun
 from fiducial.merge import merge_adapter, merge_finished
@@ -164,3 +170,14 @@ def test_another_base_than_was_trained_on_is_not_merged_with(tmp_path: Path) -> 
     change_one_weight(tmp_path / "base" / "model.safetensors")
     with pytest.raises(ModelError, match=r"1 of 21 weights differ .*q_proj"):
         merge_adapter(run)
+
+
+@pytest.mark.parametrize("start", ["adapter", "reference"])
+def test_what_the_run_began_with_beside_its_base_is_not_needed(tmp_path: Path, start: str) -> None:
+    run = trained_run(tmp_path)
+    gone = str(tmp_path / "gone")
+    reference = ReferenceConfig(adapter=gone) if start == "reference" else ReferenceConfig()
+    adapter = AdapterConfig(kind="lora", path=gone) if start == "adapter" else run.adapter
+    run = run.model_copy(update={"adapter": adapter, "reference": reference})
+    RunRecord(run, None, {"weights": "of the base and an adapter"}, None).write(tmp_path / "out")
+    assert (merge_adapter(run) / "model.safetensors").is_file()
