@@ -104,6 +104,20 @@ def build_loss(method: MethodConfig) -> Loss:
         ConfigError: a beta of 0 leaves no preference to learn.
     """
     if method.needs_reference and method.is_constant:
-        raise ConfigError("rl_beta: 0 leaves no preference in the loss. Write 0.1, say.")
+        raise ConfigError(_without_preference(method))
     loss = mixture(method, build_loss) if isinstance(method, MixtureConfig) else LOSSES[type(method)](method)
     return replace(loss, num_completions=method.num_completions) if method.paired else loss
+
+
+def _without_preference(method: MethodConfig) -> str:
+    """What a beta of 0 takes out of the loss, and what to write instead."""
+    parts = method.losses if isinstance(method, MixtureConfig) else ()
+    left = [part.title for part in parts if not part.needs_reference]
+    if method.hyperparameters.get("rpo_alpha"):
+        left.append("rpo_alpha's likelihood of the chosen completion")
+    if not left:
+        return "rl_beta: 0 makes the loss constant: nothing is learned. Write 0.1, say."
+    return (
+        f"rl_beta: 0 takes the preference out of the loss and leaves {left[0]} alone. Write "
+        "dpo_loss_type: sft to train on likelihood alone, or an rl_beta above 0, 0.1 say."
+    )

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from comparing import comparison, comparison_for, foreknown
+from fiducial.config.load import validate_config
 from fiducial.config.methods import (
     METHODS,
     DiscoPOPConfig,
     DPOConfig,
     MethodConfig,
-    MixtureConfig,
-    SFTConfig,
     TPOConfig,
     TPOLConfig,
 )
@@ -142,14 +141,21 @@ def test_every_method_has_a_row() -> None:
     assert set(METHODS) == set(LOSSES)
 
 
+def test_refuses_a_beta_that_makes_the_loss_constant() -> None:
+    with pytest.raises(ConfigError, match="rl_beta: 0"):
+        build_loss(DPOConfig(beta=0))
+
+
 @pytest.mark.parametrize(
-    "method",
+    ("settings", "left"),
     [
-        DPOConfig(beta=0),
-        DPOConfig(beta=0, rpo_alpha=1.0),
-        MixtureConfig(losses=(DPOConfig(beta=0), SFTConfig()), weights=(1.0, 1.0)),
+        ({}, "makes the loss constant"),
+        ({"dpo_loss_type": ["sigmoid", "sft"]}, "leaves sft alone. Write dpo_loss_type: sft"),
+        ({"rpo_alpha": 0.5}, "leaves rpo_alpha's likelihood of the chosen completion alone"),
     ],
 )
-def test_refuses_a_beta_without_a_preference_whatever_is_beside_it(method: MethodConfig) -> None:
-    with pytest.raises(ConfigError, match="rl_beta: 0 leaves no preference in the loss"):
+def test_what_a_beta_of_zero_leaves_is_told(settings: dict[str, object], left: str) -> None:
+    method = validate_config({"base_model": "base", "rl": "dpo", "rl_beta": 0, **settings}).method
+    assert method is not None
+    with pytest.raises(ConfigError, match=re.escape(left)):
         build_loss(method)
