@@ -23,46 +23,41 @@ import copy
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 if __name__ == "__main__":  # run as a file: look for modules in the repository, not beside this file
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import numpy as np
 import torch
-import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from rich.table import Table
-from torch import multiprocessing, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from bench.arena import CONSOLE, HERE, report, write
-from bench.measure import synchronize
+from bench.one_pass_processes import DEVICE, offloaded, sharded
 from bench.results import CONDITIONS
 from bench.shapes import config
+from bench.timed_step import (
+    LONGEST,
+    TARGETS,
+    build_policy,
+    in_turn,
+    measured_row,
+    pairs_of,
+    training_step,
+)
 from fiducial.data.tokenize import TokenizedGroup
 from fiducial.model.loader import unfreeze
 from fiducial.model.quantisation import placement, prepare
 from fiducial.model.scoring import Scorer
-from fiducial.model.trunk import decoder_layers
 from fiducial.reference.holding import Bits
-from fiducial.reference.one_pass import OnePass, beside_policy, in_one_pass
-from fiducial.reference.sources import AdapterOff, LiveReference, Reference, SeparateModel
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-LONGEST = 4096
-PROCESSES = 2
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-Seconds = tuple[float, float]
-"""On the wall, and of the processor; or ratios of them."""
+from fiducial.reference.one_pass import in_one_pass
+from fiducial.reference.sources import AdapterOff, LiveReference, SeparateModel
 
 
 def main(arguments: list[str]) -> int:
@@ -93,19 +88,19 @@ def _shared_layers(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def _shared_lowest(
     options: argparse.Namespace, device: torch.device, tokens: int
 ) -> Iterator[dict[str, Any]]:
-    groups = _groups(tokens)
+    groups = pairs_of(tokens)
     layers = config(options.shape, longest=LONGEST).num_hidden_layers
     for name, depth in (
         ("full, lower half frozen", layers // 2),
         ("full, lower 3/4 frozen", layers * 3 // 4),
     ):
-        policy = _policy(options, device)
+        policy = build_policy(options, device)
         patterns = tuple(rf"model\.layers\.{layer}\." for layer in range(depth, layers))
         second = Scorer(copy.deepcopy(policy.model).requires_grad_(False).eval(), layout="packed")
         unfreeze(policy.model, patterns, torch.float32)
         policy.model.train()
         yield _compared(options, name, policy, SeparateModel(second), second, depth, groups)
-    policy = _policy(options, device)
+    policy = build_policy(options, device)
     upper = LoraConfig(r=16, target_modules=TARGETS, layers_to_transform=[*range(layers // 2, layers)])
     policy = Scorer(get_peft_model(policy.model, upper).train(), layout="packed")
     off = AdapterOff(policy)
@@ -122,91 +117,9 @@ def _compared(
     groups: list[TokenizedGroup],
 ) -> dict[str, Any]:
     joint = in_one_pass(live, scorer, policy, depth, groups, tolerance=1e-3)
-    ways = partial(_step, policy, live, groups), partial(_step, policy, joint, groups)
-    ratios = [(two[0] / one[0], two[1] / one[1]) for two, one in _in_turn(options.repeats, *ways)]
-    return _row(name, policy, groups, ratios)
-
-
-def _sharded(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """A row for each number of tokens; of the larger shape, whose passes take many seconds, for the least."""
-    held = Held("cpu", PROCESSES, OffloadPolicy())
-    yield from _in_processes(options, held)
-    if options.larger is not None:
-        larger = argparse.Namespace(shape=options.larger, tokens=[min(options.tokens)], repeats=3)
-        yield from _in_processes(larger, held)
-
-
-def _offloaded(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """A row for each number of tokens."""
-    yield from _in_processes(options, Held(DEVICE, 1, CPUOffloadPolicy(pin_memory=DEVICE == "cuda")))
-
-
-@dataclass(frozen=True)
-class Held:
-    """Where FSDP2 keeps the weights, and where it brings them together."""
-
-    device: str
-    processes: int
-    offload: OffloadPolicy
-
-    @property
-    def backend(self) -> str:
-        """What moves them between processes."""
-        return "cpu:gloo,cuda:nccl" if self.device == "cuda" else "gloo"
-
-
-def _in_processes(options: argparse.Namespace, held: Held) -> list[dict[str, Any]]:
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = (options, held, Path(folder))
-        multiprocessing.spawn(_sharded_process, arguments, held.processes)  # type: ignore[no-untyped-call]  # torch types no spawn
-        rows: list[dict[str, Any]] = json.loads((Path(folder) / "rows.json").read_text())
-    return rows
-
-
-def _sharded_process(rank: int, options: argparse.Namespace, held: Held, folder: Path) -> None:
-    torch.set_num_threads(1)
-    CONSOLE.quiet = rank > 0
-    meeting = f"file://{folder}/meeting"
-    dist.init_process_group(held.backend, meeting, rank=rank, world_size=held.processes)
-    policy, off, joint = in_both_ways(_policy(options, torch.device(held.device)).model, held)
-    rows = []
-    for tokens in options.tokens:
-        groups = _groups(tokens)
-        ways = (partial(_together, partial(_step, policy, each, groups)) for each in (off, joint))
-        ratios = [(two[0] / one[0], two[1] / one[1]) for two, one in _in_turn(options.repeats, *ways)]
-        rows.append(_row(f"LoRA on all layers, {options.shape}", policy, groups, ratios))
-    if rank == 0:
-        (folder / "rows.json").write_text(json.dumps(rows))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def in_both_ways(model: PreTrainedModel, held: Held) -> tuple[Scorer, AdapterOff, OnePass]:
-    """The model under an adapter and sharded, its reference in passes of its own, and in the policy's."""
-    adapted = get_peft_model(model, LoraConfig(r=16, target_modules=TARGETS)).train()
-    policy = Scorer(adapted, layout="packed")
-    off = AdapterOff(policy)
-    joint = in_one_pass(off, policy, policy, 0, _groups(192), tolerance=1e-3, in_step=True)
-    _shard(policy, held)
-    return policy, off, joint
-
-
-def _shard(policy: Scorer, held: Held) -> None:
-    """As accelerate does it: each layer is gathered by itself, and what is needed at both ends stays."""
-    model: Any = policy.model.get_base_model()
-    mesh = init_device_mesh(held.device, (held.processes,))  # by default on a GPU, wherever the model is
-    where: dict[str, Any] = {"mesh": mesh, "offload_policy": held.offload}
-    for layer in decoder_layers(policy.model):
-        fully_shard(layer, **where)
-    ends = [model.model.norm, model.model.embed_tokens, model.lm_head]
-    fully_shard(ends, reshard_after_forward=False, **where)
-    fully_shard(policy.model, **where)
-
-
-def _together(way: Callable[[], None]) -> None:
-    dist.barrier()
-    way()
-    dist.barrier()
+    ways = partial(training_step, policy, live, groups), partial(training_step, policy, joint, groups)
+    ratios = [(two[0] / one[0], two[1] / one[1]) for two, one in in_turn(options.repeats, *ways)]
+    return measured_row(name, policy, groups, ratios)
 
 
 def _quantised(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -229,12 +142,12 @@ def _held_in(
     policy = Scorer(model, layout="packed", autocast=autocast)
     off = AdapterOff(policy)
     for tokens in options.tokens:
-        groups = _groups(tokens)
-        ways = partial(_step, policy, off, groups), partial(_dequantise, model, autocast)
-        timed = _in_turn(options.repeats, *ways)
+        groups = pairs_of(tokens)
+        ways = partial(training_step, policy, off, groups), partial(_dequantise, model, autocast)
+        timed = in_turn(options.repeats, *ways)
         saved = [(step[0] / (step[0] - once[0]), step[1] / (step[1] - once[1])) for step, once in timed]
         products = "float32" if autocast is None else "bfloat16"
-        yield _row(f"LoRA, {bits}-bit, products in {products}", policy, groups, saved)
+        yield measured_row(f"LoRA, {bits}-bit, products in {products}", policy, groups, saved)
 
 
 def _dequantise(model: nn.Module, autocast: torch.dtype | None) -> None:
@@ -252,53 +165,6 @@ def _dequantise(model: nn.Module, autocast: torch.dtype | None) -> None:
             continue
         if autocast is not None:
             weight.to(autocast)
-
-
-def _policy(options: argparse.Namespace, device: torch.device) -> Scorer:
-    torch.manual_seed(0)
-    return Scorer(LlamaForCausalLM(config(options.shape, longest=LONGEST)).to(device), layout="packed")
-
-
-def _groups(tokens: int) -> list[TokenizedGroup]:
-    """Pairs of 64 tokens for the prompt and each answer, `tokens` in all."""
-    rng = np.random.default_rng(0)
-
-    def ids() -> Any:
-        return rng.integers(0, 256, 64, dtype=np.int32)
-
-    return [TokenizedGroup(ids(), (ids(), ids())) for _ in range(max(tokens // 192, 1))]
-
-
-def _step(policy: Scorer, reference: Reference, groups: list[TokenizedGroup]) -> None:
-    """Forward and backward of one training pass."""
-    batch = policy.pack(groups).to(policy.device)
-    with beside_policy(reference, batch) as answer:
-        values = policy(batch).values
-    compared = answer()
-    assert compared is not None, "the reference is live"
-    (values - compared.values).square().sum().backward()
-
-
-def _row(name: str, policy: Scorer, groups: list[TokenizedGroup], ratios: list[Seconds]) -> dict[str, Any]:
-    wall, processor = map(median, zip(*ratios, strict=True))
-    tokens = policy.pack(groups).input_ids.numel()
-    CONSOLE.print(f"{name}, {tokens} tokens: {wall:.2f}x, processor {processor:.2f}x")
-    return {"case": name, "tokens": tokens, "wall": wall, "processor": processor}
-
-
-def _in_turn(repeats: int, *ways: Callable[[], None]) -> list[list[Seconds]]:
-    """Each way once to warm up, then all of them one after the other, again and again."""
-    for way in ways:
-        way()
-    return [[_timed(way) for way in ways] for _ in range(repeats)]
-
-
-def _timed(run: Callable[[], None]) -> Seconds:
-    synchronize()
-    wall, processor = time.perf_counter(), time.process_time()
-    run()
-    synchronize()
-    return time.perf_counter() - wall, time.process_time() - processor
 
 
 def _table(title: str, rows: list[dict[str, Any]]) -> Table:
@@ -320,8 +186,8 @@ class Part:
 
 PARTS = {
     "shared_layers": Part(_shared_layers, "where the lowest layers are shared"),
-    "sharded": Part(_sharded, "where sharded layers are gathered once for both"),
-    "offloaded": Part(_offloaded, "where offloaded layers are copied once for both"),
+    "sharded": Part(sharded, "where sharded layers are gathered once for both"),
+    "offloaded": Part(offloaded, "where offloaded layers are copied once for both"),
     "quantised": Part(_quantised, "at most, where each weight were brought back once"),
 }
 

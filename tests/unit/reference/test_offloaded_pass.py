@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from bench.one_pass import Held, in_both_ways
+from bench.one_pass_processes import Held, in_both_ways
 from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
