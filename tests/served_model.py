@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
+from listening import listening
+
 Form = Literal["vllm", "openai"]
 
 
@@ -82,13 +84,6 @@ def serve(model: PreTrainedModel, form: Form = "vllm") -> Iterator[ModelServer]:
         def log_message(self, *args: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    served.url = f"http://127.0.0.1:{server.server_port}/v1"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
+    with listening(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as address:
+        served.url = f"{address}/v1"
         yield served
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

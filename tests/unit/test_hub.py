@@ -8,7 +8,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -26,6 +25,7 @@ from fiducial.errors import FiducialError
 from fiducial.evaluate import evaluate
 from fiducial.offline import kept_to_cache
 from fiducial.train import train
+from listening import listening
 from run_configs import run_config
 
 NOBODY = "http://127.0.0.1:9"
@@ -50,10 +50,8 @@ class Answers(BaseHTTPRequestHandler):
 def answers() -> Iterator[tuple[str, list[str]]]:
     """The address of a server, and the paths it is asked for."""
     handler = type("Answers", (Answers,), {"asked": []})
-    with HTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}", handler.asked
-        server.shutdown()
+    with listening(HTTPServer(("127.0.0.1", 0), handler)) as address:
+        yield address, handler.asked
 
 
 @pytest.fixture(autouse=True)
