@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 from transformers.trainer_callback import PrinterCallback
@@ -13,6 +14,7 @@ from fiducial.config.load import validate_config
 from fiducial.config.schema import RunConfig
 from fiducial.errors import ConfigError, DataError
 from fiducial.finished import FinishedRun, from_config, require_fits
+from fiducial.model.trained_adapter import require_same_settings
 from fiducial.offline import kept_to_cache
 from fiducial.prepare import (
     ProvedReference,
@@ -83,6 +85,8 @@ def _evaluate(run: Run, folder: Path) -> dict[str, float]:
     args = training_arguments(_offline(run.cfg), num_rows=len(run.data.train), has_evaluation=True)
     budget = choose_token_budget(run.cfg, run.facts, run.plan, args.device)
     policy = load_policy(run, args.device, budget)
+    if isinstance(policy.model, PeftModel):
+        require_same_settings(policy.model, folder)
     ahead = score_ahead(run, policy, args.device, datasets={"evaluation": evaluation})
     judged = prove(run, policy, ahead, args.device, on=evaluation)
     objective = build_objective(run, policy, judged)

@@ -216,6 +216,33 @@ def test_a_changed_adapter_is_named(
     assert "lora_A" in done.output
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        "lora_alpha=64",
+        "peft_use_rslora=true",
+        "lora_r=8",
+        "lora_alpha_pattern.q_proj=64",
+        "peft_use_dora=true",
+    ],
+)
+def test_an_adapter_is_not_evaluated_under_other_settings_than_it_was_trained_with(
+    changed: str, finished: Callable[[str], tuple[Path, TrainResult]]
+) -> None:
+    done = fiducial_command("evaluate", finished("lora")[0] / "out", changed)
+    assert done.exit_code == 2, done.output
+    assert "under these it would be another policy" in done.output.lower()
+    assert changed.partition("=")[0].partition(".")[0] in done.output
+
+
+def test_an_adapter_on_other_modules_is_not_evaluated(
+    finished: Callable[[str], tuple[Path, TrainResult]],
+) -> None:
+    done = fiducial_command("evaluate", finished("lora")[0] / "out", "lora_target_linear=true")
+    assert done.exit_code == 2, done.output
+    assert "other weights than this run trains" in done.output
+
+
 def test_a_changed_config_of_the_base_is_named(
     finished: Callable[[str], tuple[Path, TrainResult]], tmp_path: Path
 ) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from fiducial.config.load import validate_config
 from fiducial.errors import ConfigError, ModelError
 from fiducial.evaluate import evaluate
+from fiducial.run_record import RECORD_FILE
 from fiducial.train import train
 from fiducial.training.callbacks import Interrupted
 from resuming import interrupt_after, left_behind
@@ -163,3 +164,12 @@ def test_a_checkpoint_cut_off_while_written_is_never_resumed(tmp_path: Path) -> 
     assert left_behind(tmp_path / "whole")[0] == metrics
     state = json.loads((tmp_path / "whole" / "checkpoint-6" / "trainer_state.json").read_text())
     assert state["global_step"] == 6
+
+
+def test_an_adapter_on_other_modules_is_not_resumed_in_part(tmp_path: Path) -> None:
+    train(settings(tmp_path, max_steps=2, **LORA))
+    for record in (tmp_path / "out").rglob(RECORD_FILE):
+        record.unlink()  # as of a folder that another program copied
+    again = settings(tmp_path, lora_target_linear=True, auto_resume_from_checkpoints=True, **LORA)
+    with pytest.raises(ModelError, match="other weights than this run trains"):
+        train(again)

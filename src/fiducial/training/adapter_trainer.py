@@ -7,6 +7,7 @@ from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from transformers import PreTrainedModel, Trainer
 
 from fiducial.model.adapters import POLICY_ADAPTER
+from fiducial.model.trained_adapter import require_same_tensors
 from fiducial.reference.checkpoint import CheckpointFiles, read_sharded_tensor_facts
 
 
@@ -22,6 +23,9 @@ class AdapterTrainer(Trainer):
 
         PEFT's `load_adapter` would prepare it again: PiSSA and OLoRA would decompose the base a second time.
         The trainer of transformers passes over weights whose names its models change while loading.
+
+        Raises:
+            ModelError: the adapter's weights are others than those of the one that is there.
         """
         policy: Any = model if model is not None else self.model
         if not self.is_fsdp_enabled and _is_renamed(policy, Path(resume_from_checkpoint)):
@@ -31,6 +35,7 @@ class AdapterTrainer(Trainer):
         if not isinstance(policy, PeftModel) or self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
+        require_same_tensors(policy, Path(resume_from_checkpoint))
         weights = load_peft_weights(resume_from_checkpoint, device="cpu")
         set_peft_model_state_dict(policy, weights, adapter_name=POLICY_ADAPTER)
 
