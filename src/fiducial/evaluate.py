@@ -37,6 +37,11 @@ from fiducial.training.budget import choose_token_budget
 from fiducial.training.metrics import ASKED_FOR, METRICS
 from fiducial.training.trainer import PreferenceTrainer, TrainingData
 
+_COMPARED_WITH_START = (
+    "the reference had moved while this run trained (reference.schedule: synced then), and stands still in "
+    "these settings: the policy is compared with what training began from."
+)
+
 
 def evaluate(
     cfg: RunConfig | Mapping[str, Any],
@@ -70,6 +75,8 @@ def evaluate_finished(finished: FinishedRun, *, console: Console | None = None) 
         run = replace(read_run(cfg, console, trains=False), record=finished.record)
         if finished.record is None and run.plan.source is not Source.NONE:
             warn(console, no_record_note(finished.folder))
+        if finished.record is not None and finished.record.moved is not None and run.plan.sync is None:
+            warn(console, _COMPARED_WITH_START)
         return _evaluate(run, finished.folder)
 
 

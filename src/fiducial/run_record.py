@@ -168,14 +168,19 @@ def changed_settings(then: RunConfig, now: RunConfig) -> list[str]:
 
 
 def require_resumable(checkpoint: Path, then: RunConfig, now: RunConfig) -> None:
-    """Raise `ConfigError` where `checkpoint` is of other trained weights or another optimizer than `now`."""
-    found = {name: words for name, words in _changes(then, now).items() if name in _SHAPES_STATE}
+    """Raise `ConfigError` where `checkpoint` holds other weights or another optimizer's state than `now` has.
+
+    A reference that follows the policy is among them: without it the run would be back at its start.
+    """
+    moves = (then.reference.schedule == "synced") != (now.reference.schedule == "synced")
+    kept = _SHAPES_STATE + (("reference.schedule",) if moves else ())
+    found = {name: words for name, words in _changes(then, now).items() if name in kept}
     if {then.optimization.optimizer, now.optimization.optimizer} <= _ONE_STATE:
         found.pop("optimization.optimizer", None)
     if found:
         raise ConfigError(
-            f"{checkpoint} cannot be resumed by this run: {'; '.join(found.values())}. The weights and the "
-            "optimizer's state there belong to the old setting. Put it back, or start anew in another "
+            f"{checkpoint} cannot be resumed by this run: {'; '.join(found.values())}. What is saved "
+            "there belongs to the old setting. Put it back, or start anew in another "
             "output_dir."
         )
 

@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +273,17 @@ def test_another_moved_reference_is_found(
     done = fiducial_command(command, of, *rows)
     assert done.exit_code == 2
     assert f"{place} is not the one this run had moved to" in done.output
+
+
+def test_a_reference_that_had_moved_and_is_left_out_is_told(
+    finished: Callable[[str], tuple[Path, TrainResult]],
+) -> None:
+    done = fiducial_command("evaluate", finished("synced")[0] / "out")
+    assert "compared with what training began from" not in done.output
+    settings = settings_of(finished("synced")[0], "synced") | {"reference": {}}
+    told = StringIO()
+    evaluate(settings, console=Console(file=told, width=250))
+    assert "compared with what training began from" in told.getvalue()
 
 
 def test_a_moved_reference_that_answers_differently_is_found(

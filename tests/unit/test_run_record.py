@@ -134,6 +134,10 @@ def test_settings_that_changed_since_are_named_by_their_keys() -> None:
             {"lora_modules_to_save": ["lm_head"], "peft_use_dora": True},
             "lora_modules_to_save: .*; peft_use_dora",
         ),
+        (
+            {"reference": {"schedule": "synced", "mixup_alpha": 1.0}},
+            r"reference\.schedule: auto then, synced now",
+        ),
     ],
 )
 def test_a_run_that_trains_other_weights_or_otherwise_goes_on_from_no_checkpoint(
@@ -144,6 +148,15 @@ def test_a_run_that_trains_other_weights_or_otherwise_goes_on_from_no_checkpoint
         ConfigError, match=rf"checkpoint-4 cannot be resumed by this run: {named}.*Put it back"
     ):
         require_resumable(Path("checkpoint-4"), then, validate_config(SETTINGS | changed))
+
+
+def test_a_reference_that_had_moved_is_not_left_behind() -> None:
+    moving = SETTINGS | {"reference": {"schedule": "synced", "mixup_alpha": 1.0, "sync_steps": 2}}
+    then = validate_config(moving)
+    with pytest.raises(ConfigError, match=r"reference\.schedule: synced then, auto now\. What is saved"):
+        require_resumable(Path(), then, validate_config(SETTINGS))
+    later = validate_config(moving | {"reference": moving["reference"] | {"sync_steps": 3}})
+    require_resumable(Path(), then, later)
 
 
 def test_what_the_saved_state_does_not_depend_on_may_change() -> None:
