@@ -19,8 +19,11 @@ class RemoteFolder:
     def __init__(self, location: str, identity: str) -> None:
         self.location = shown(location)
         self._fs, root = open_location(location)
+        self._identity = identity
         self._path = f"{root.rstrip('/')}/{identity}"
         self._there: set[str] = set()
+        self.passed_over: list[str] = []
+        """Files that did not hold what their names say when they were last fetched."""
 
     def pull(self, mirror: RecordFolder) -> None:
         """Fetch what the mirror lacks, and send what an earlier process could not.
@@ -37,6 +40,7 @@ class RemoteFolder:
     def _fetch(self, mirror: RecordFolder) -> bool:
         """Fetch the files that the mirror lacks; False if one of them was gone by then."""
         self._there = self._names()
+        self.passed_over = []
         all_there = True
         for name in self._there - set(mirror.names()):
             try:
@@ -45,9 +49,11 @@ class RemoteFolder:
                 all_there = False
                 continue
             parsed = ShardName.parse(name)
-            if parsed is not None and checksum(content) == parsed.checksum:
-                mirror.path.mkdir(parents=True, exist_ok=True)  # it may have been deleted under the run
-                mirror.write(name, content)
+            if parsed is None or checksum(content) != parsed.checksum:
+                self.passed_over.append(f"{self.location}/{self._identity}/{name}")
+                continue
+            mirror.path.mkdir(parents=True, exist_ok=True)  # it may have been deleted under the run
+            mirror.write(name, content)
         return all_there
 
     def push(self, mirror: RecordFolder, name: str) -> None:

@@ -65,7 +65,7 @@ class LogpStore:
         self._pending: dict[str, Record] = {}
         self._shortened: dict[str, tuple[str, int]] = {}
         if self._remote is not None:
-            self._remote.pull(self._home.shared)
+            self._pull(self._remote)
         self._read_folders()
 
     def __len__(self) -> int:
@@ -171,10 +171,18 @@ class LogpStore:
         Raises:
             CacheError: The folder cannot be read.
         """
-        self._without_stopping(lambda remote: remote.pull(self._home.shared))
+        self._without_stopping(self._pull)
         before = len(self._shards)
         self._read_folders()
         return len(self._shards) > before
+
+    def _pull(self, remote: RemoteFolder) -> None:
+        remote.pull(self._home.shared)
+        for file in remote.passed_over:
+            self._tell_once(
+                f"{file} does not hold what its name says: it is damaged, or still being written. It is "
+                "not used; its completions are scored again."
+            )
 
     def _read_folders(self) -> None:
         for folder in self._home.folders:

@@ -106,7 +106,13 @@ def test_half_a_file_on_the_other_machine_is_not_taken(memory: str, tmp_path: Pa
     [path] = filesystem.glob("/team/references/*/*.arrow")
     whole = filesystem.cat_file(path)
     filesystem.pipe_file(path, whole[: len(whole) // 2])
-    assert len(open_at(memory, tmp_path / "two")) == 0
+    told: list[str] = []
+    store = open_at(memory, tmp_path / "two", told)
+    assert len(store) == 0
+    store.reload()
+    assert len(told) == 1
+    assert path.rpartition("/")[2] in told[0]
+    assert "damaged, or still being written" in told[0]
     assert len(Inventory(memory).verify(Inventory(memory).references()[0])) == 1
     filesystem.pipe_file(path, whole)
     assert len(open_at(memory, tmp_path / "two")) == 8
