@@ -32,6 +32,8 @@ _PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 """Status codes that another try may not give again."""
 _ROUNDING = 1e-4
 """Above 0 a log-prob is only by rounding."""
+_MINUS_INFINITY = -9999.0
+"""vLLM's word for it in JSON, which has none."""
 
 
 class _PassingError(Exception):
@@ -136,8 +138,10 @@ def _read(choice: Mapping[str, Any], ids: Sequence[int]) -> npt.NDArray[np.float
     if isinstance(found, str):
         return found
     values = np.array(found, np.float32)
-    wrong = [value for value in found if not math.isfinite(value) or value > _ROUNDING]
-    return f"gives {wrong[0]} as a log-prob" if wrong else values
+    wrong = [value for value in found if not math.isfinite(value) or not _MINUS_INFINITY < value <= _ROUNDING]
+    if wrong:
+        return f"gives {wrong[0]} as a log-prob"
+    return values if any(found) else f"gives 0 as the log-prob of each of {len(ids)} tokens: it computes none"
 
 
 def _by_id(positions: Sequence[Mapping[str, Any] | None], ids: Sequence[int]) -> list[float] | str:

@@ -96,6 +96,8 @@ def test_a_server_that_puts_a_token_before_is_not_believed(endpoint: Endpoint, s
         ({"prompt_logprobs": [None, None]}, "does not give the log-prob of token 2"),
         ({"prompt_logprobs": [None, {"2": {"logprob": float("-inf")}}]}, "gives -inf as a log-prob"),
         ({"prompt_logprobs": [None, {"2": {"logprob": 0.3}}]}, "gives 0.3 as a log-prob"),
+        ({"prompt_logprobs": [None, {"2": {"logprob": -9999.0}}]}, "gives -9999.0 as a log-prob"),
+        ({"prompt_logprobs": [None, {"2": {"logprob": 0.0}}]}, "gives 0 as the log-prob of each of 2 tokens"),
         ({"prompt_logprobs": [None, {"2": {}}]}, "does not answer as a completions endpoint"),
         ({"logprobs": {"tokens": ["token_id:1"], "token_logprobs": [None]}}, "answers for 1 tokens where 2"),
     ],
