@@ -27,6 +27,7 @@ from fiducial.model.precision import resolve_precision
 from fiducial.model.quantisation import is_quantised
 from fiducial.model.scoring import Scorer
 from fiducial.model.tokenizer import load_tokenizer
+from fiducial.policy_base import identify_base, require_same_base
 from fiducial.reference.facts import Facts, gather_facts
 from fiducial.reference.kinds import ReferencePlan, Schedule, Source
 from fiducial.reference.plan import plan_reference
@@ -111,10 +112,18 @@ def is_first_process() -> bool:
 
 @memory_explained("loading the model")
 def load_policy(run: Run, device: torch.device, micro_batch_tokens: int) -> Policy:
-    """The starting policy on `device`, in the layout it was measured to allow: in every process or none."""
+    """The starting policy on `device`, in the layout it was measured to allow: in every process or none.
+
+    Raises:
+        ModelError: its base is not the one an earlier start of the run trained an adapter on.
+    """
     with all_or_none():
         model, _ = ModelLoader(run.cfg, run.tokenizer).load()
         scorer, layout = _scorer(run, model, device)
+        if run.record is not None and is_first_process():
+            base = identify_base(run.cfg, run.facts, run.plan, scorer)
+            if base is not None:
+                require_same_base(run.record, base.as_dict())
     return Policy(scorer.model, scorer, layout, micro_batch_tokens)
 
 

@@ -16,6 +16,7 @@ from fiducial.model.checkpoint import read_config
 from fiducial.model.loader import ModelLoader
 from fiducial.model.tokenizer import load_tokenizer
 from fiducial.offline import kept_to_cache
+from fiducial.policy_base import require_stored_base
 from fiducial.reference.adapter_facts import read_adapter_facts
 from fiducial.reference.facts import gather_facts
 from fiducial.reference.plan import Checkpoint, Source, plan_reference
@@ -111,9 +112,12 @@ def _trained_adapter(cfg: RunConfig, trained: Path) -> AdapterConfig:
 def _require_base_of_then(cfg: RunConfig, trained: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise `ModelError` where the base's files are not those the adapter was trained on, as far as known.
 
-    `run.json` knows the base by itself where the reference was the policy with its adapter off.
+    `run.json` knows the base by itself where the reference was the policy with its adapter off, or not over
+    the base at all.
     """
     finished = from_config(cfg, trained)
+    if finished.record is not None:
+        require_stored_base(finished.record, finished.cfg, tokenizer)
     if finished.record is None or finished.record.reference is None or _begins_elsewhere(cfg):
         return
     plan = plan_reference(finished.cfg, gather_facts(finished.cfg))

@@ -13,7 +13,8 @@ from fiducial.data.dataset import TokenizedDataset
 from fiducial.data.split import contents, in_order
 from fiducial.data.tokenize import TokenizedGroup
 from fiducial.model.precision import resolve_precision
-from fiducial.prepare import Policy, ProvedReference, Run
+from fiducial.policy_base import identify_base
+from fiducial.prepare import Policy, ProvedReference, Run, is_first_process
 from fiducial.reference.verify import Proof
 from fiducial.run_record import Answers, RunRecord, trained_by
 
@@ -50,12 +51,15 @@ def record_of(run: Run, policy: Policy, judged: ProvedReference) -> RunRecord:
     """What is known of the run before step 1."""
     start = None if judged.proof is None else answers(judged.proof, judged.groups)
     reference = None if judged.identity is None else judged.identity.as_dict()
+    # Only the first process writes the record.
+    base = identify_base(run.cfg, run.facts, run.plan, policy.scorer) if is_first_process() else None
     own = (run.record.id if run.record is not None else "") or uuid4().hex
     return RunRecord(
         _decided(run.cfg, policy),
         run.settings,
         reference,
         start,
+        base=None if base is None else base.as_dict(),
         trained_on=trained_on(run),
         held_out=held_out(run),
         id=own,

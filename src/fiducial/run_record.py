@@ -57,6 +57,8 @@ class RunRecord:
     reference: Mapping[str, Any] | None
     """The identity of the reference before step 1; None where the loss has none."""
     start: Answers | None
+    base: Mapping[str, Any] | None = None
+    """The identity of the base below the adapter, where `reference` is not over it; None if not known."""
     moved: Answers | None = None
     """Of a synced reference, after its last move."""
     moved_weights: str = ""
@@ -107,6 +109,7 @@ class RunRecord:
             "run": self.run.model_dump(mode="json"),
             "reference": self.reference,
             "start": _plain(self.start),
+            "base": self.base,
             "moved": _plain(self.moved),
             "moved_weights": self.moved_weights,
             "running": dict(self.running),
@@ -253,6 +256,7 @@ def _read(path: Path) -> RunRecord:
             settings=found["settings"],
             reference=found["reference"],
             start=_answers(found["start"]),
+            base=found.get("base"),
             moved=_answers(found["moved"]),
             moved_weights=found.get("moved_weights", ""),
             running={name: float(value) for name, value in found.get("running", {}).items()},

@@ -9,9 +9,11 @@ import pytest
 from rich.console import Console
 
 from fiducial.as_then import verify_finished
+from fiducial.config.load import validate_config
 from fiducial.errors import ModelError
 from fiducial.evaluate import evaluate
 from fiducial.finished import from_folder
+from fiducial.merge import merge_adapter
 from fiducial.train import TrainResult, train
 from finishing import change_one_weight, copied, fiducial_command
 from run_configs import run_config
@@ -152,3 +154,27 @@ def test_another_model_under_the_same_name_is_noticed(
     server.model = right
     assert done.exit_code == 2
     assert "the server, the model's name and its revision are those of then, and it answers" in done.output
+
+
+@pytest.mark.parametrize("keys", [{"rl": "orpo"}, {"reference": {"model": "other"}}], ids=["none", "another"])
+def test_an_adapter_on_another_base_is_found_where_the_reference_is_not_over_it(
+    tmp_path: Path, keys: dict[str, Any]
+) -> None:
+    save_checkpoint(tmp_path / "other", seed=1)
+    if "reference" in keys:
+        keys = {"reference": {"model": str(tmp_path / "other")}}
+    settings = run_config(tmp_path, rows=12, val_set_size=4, max_steps=2, save_steps=1, **LORA, **keys)
+    train(settings, console=QUIET)
+    evaluate(settings, console=QUIET)
+    merge_adapter(validate_config(settings), tmp_path / "merged")
+    change_one_weight(tmp_path / "base-llama" / "model.safetensors")
+    resumed = settings | {"max_steps": 3, "auto_resume_from_checkpoints": True}
+    for again in (
+        lambda: evaluate(settings, console=QUIET),
+        lambda: merge_adapter(validate_config(settings), tmp_path / "merged"),
+        lambda: train(resumed, console=QUIET),
+    ):
+        with pytest.raises(
+            ModelError, match=r"not the base this run's adapter was trained on: 1 of .*q_proj"
+        ):
+            again()

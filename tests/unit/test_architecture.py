@@ -53,6 +53,7 @@ LAYERS = {
     "fiducial.reference.spot_check": 6,
     "fiducial.reference.setup": 6,
     "fiducial.offline": 6,
+    "fiducial.policy_base": 6,
     "fiducial.reference.verify": 6,
     "fiducial.training": 7,
     "fiducial.model_card": 8,

@@ -54,7 +54,7 @@ def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
     for written in (
         record(),
         record(settings=None, reference=None, start=None),
-        record(moved=record().start, moved_weights="ab", running={"delta": 0.25}),
+        record(base=IDENTITY, moved=record().start, moved_weights="ab", running={"delta": 0.25}),
     ):
         written.write(tmp_path)
         assert read_record(tmp_path) == written
