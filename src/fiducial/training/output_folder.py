@@ -58,8 +58,8 @@ def require_room(cfg: RunConfig, facts: Facts, *, resuming: bool) -> None:
     what = "the trained model and a checkpoint of it take" if saves else "the trained model takes"
     without = ", or save no checkpoints (save_strategy: no)" if saves else ""
     raise ConfigError(
-        f"output_dir: the disk that holds {folder} has {_gib(disk.free)} free, and {what} at least "
-        f"{_gib(needed)}. Free space there, name a folder on another disk{without}."
+        f"output_dir: the disk that holds {folder} has {_size(disk.free)} free, and {what} at least "
+        f"{_size(needed)}. Free space there, name a folder on another disk{without}."
     )
 
 
@@ -70,8 +70,8 @@ def _saved_bytes(cfg: RunConfig, facts: Facts) -> int:
     return facts.model.num_parameters * BYTES[precision.weights] if facts.model.shapes_are_exact else 0
 
 
-def _gib(number: int) -> str:
-    return f"{number / 2**30:.1f} GiB"
+def _size(number: int) -> str:
+    return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"
 
 
 def make_folder(folder: Path, key: str, *, adapter: bool) -> Path:
