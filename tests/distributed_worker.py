@@ -59,21 +59,21 @@ class MeanPerProcess(PreferenceTrainer):
 
 
 @contextmanager
-def counted_gathers() -> Iterator[Counter[int]]:
-    """How often FSDP2 gathers the weights of each layer."""
-    gathers: Counter[int] = Counter()
-    gather = _fsdp_param_group.foreach_all_gather
+def counted(collective: str) -> Iterator[Counter[int]]:
+    """How often FSDP2 calls `collective` for the parameters of each layer."""
+    calls: Counter[int] = Counter()
+    original = getattr(_fsdp_param_group, collective)
 
-    def counted(parameters: Any, *arguments: Any, **named: Any) -> Any:
+    def counting(parameters: Any, *arguments: Any, **named: Any) -> Any:
         names = [re.search(r"\.layers\.(\d+)\.", each._param_fqn) for each in parameters]
-        gathers.update({int(found[1]) for found in names if found})
-        return gather(parameters, *arguments, **named)
+        calls.update({int(found[1]) for found in names if found})
+        return original(parameters, *arguments, **named)
 
-    _fsdp_param_group.foreach_all_gather = counted
+    setattr(_fsdp_param_group, collective, counting)
     try:
-        yield gathers
+        yield calls
     finally:
-        _fsdp_param_group.foreach_all_gather = gather
+        setattr(_fsdp_param_group, collective, original)
 
 
 def counted_passes(model: nn.Module) -> Counter[bool]:
@@ -91,6 +91,18 @@ def shard(trainer: PreferenceTrainer) -> None:
     state = trainer.accelerator.state
     state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, plugin
     trainer.is_fsdp_enabled = True
+    # What it is on GPUs: on the CPU accelerate has forgotten by the first step that the model is sharded.
+    trainer.accelerator.no_sync = unreduced
+
+
+@contextmanager
+def unreduced(model: FSDPModule) -> Iterator[None]:
+    """Inside, backward leaves whole gradients in every process."""
+    model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)
 
 
 def main(folder: Path, mode: str, budget: int, rows: int) -> None:
@@ -121,10 +133,11 @@ def main(folder: Path, mode: str, budget: int, rows: int) -> None:
     if "fsdp2" in mode:
         shard(trainer)
     passes = counted_passes(trainer.model)
-    with counted_gathers() as gathers:
+    with counted("foreach_all_gather") as gathers, counted("foreach_reduce") as reductions:
         trainer.train()
     result = {
         "gathers": dict(gathers),
+        "reductions": dict(reductions),
         "passes": dict(passes),
         "gradients": gradients.steps,
         "logs": trainer.state.log_history,

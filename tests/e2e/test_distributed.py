@@ -92,6 +92,15 @@ def test_layers_are_gathered_once_for_policy_and_reference(two_processes: dict[s
     assert together["gathers"] == upper["gathers"] == dict.fromkeys((0, 1), once)
 
 
+@pytest.mark.parametrize("mode", ["full-fsdp2", "lora-fsdp2", "lora-step-fsdp2"])
+def test_no_process_holds_whole_gradients_from_pass_to_pass(
+    two_processes: dict[str, dict], mode: str
+) -> None:
+    result = two_processes[mode]
+    assert result["passes"][True] > 3, "steps are cut"
+    assert result["reductions"] == dict.fromkeys((0, 1), result["passes"][True])
+
+
 def test_gathering_layers_once_changes_nothing(two_processes: dict[str, dict]) -> None:
     apart, together = two_processes["lora-live-fsdp2"], two_processes["lora-step-fsdp2"]
     assert distances(apart, together) == [0, 0, 0]

@@ -229,8 +229,9 @@ class PreferenceTrainer(AdapterTrainer):
         losses: list[Tensor] = []
         score = self.objective.step(passes.trained, passes.ahead)
         for index, micro_batch in enumerate(passes.trained):
-            last = index == len(passes.trained) - 1
-            with nullcontext() if last else self.accelerator.no_sync(model):
+            # Until they are reduced, gradients of sharded weights are whole, and as large as all of these.
+            reduces = self.is_fsdp_enabled or index == len(passes.trained) - 1
+            with nullcontext() if reduces else self.accelerator.no_sync(model):
                 scored = score(index)
                 loss = scored.output.loss.sum() * weight
                 self.accelerator.backward(loss)
