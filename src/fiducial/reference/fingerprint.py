@@ -138,4 +138,5 @@ def _matmul(scorer: Scorer) -> str:
     full = scorer.autocast is None and scorer.model.dtype == torch.float32
     if not full or scorer.device.type != "cuda":
         return "ieee"
-    return "tf32" if torch.get_float32_matmul_precision() != "highest" else "ieee"
+    matmul: Any = torch.backends.cuda.matmul  # its older name raises where transformers has set the newer one
+    return "tf32" if matmul.fp32_precision == "tf32" else "ieee"

@@ -101,7 +101,7 @@ def _optimization(cfg: RunConfig) -> dict[str, Any]:
         "warmup_steps": _warmup(cfg),
         "seed": options.seed,
         "fp16": resolve_precision(cfg).autocast == torch.float16,
-        "tf32": cfg.model.tf32 or None,
+        "tf32": cfg.model.tf32,  # off, too: an earlier run of this process may have left it on
         "remove_unused_columns": False,
         "dataloader_num_workers": cfg.data.dataloader_num_workers if cfg.data else 0,
     }

@@ -1,11 +1,13 @@
 """Equal weights and numerics, equal identity, however they were loaded; any difference is named."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import import_utils
 
 from fiducial.config.schema import AdapterConfig
 from fiducial.model.adapters import new_adapter
@@ -71,6 +73,23 @@ def test_the_identity_follows_the_plans_source() -> None:
     assert off.weights == fingerprint(tiny_model()) != on.weights
     assert (off.checkpoint, off.dtype, off.autocast, off.matmul) == ("here", "float32", "bfloat16", "ieee")
     assert off.digest != on.digest
+
+
+@pytest.fixture
+def _tf32() -> Iterator[None]:
+    before = torch.backends.fp32_precision
+    import_utils.enable_tf32(True)
+    yield
+    torch.backends.fp32_precision = before
+
+
+@pytest.mark.usefixtures("_tf32")
+@pytest.mark.parametrize(("device", "matmul"), [("cuda", "tf32"), ("cpu", "ieee")])
+def test_tf32_as_transformers_switches_it_on_is_another_identity(device: str, matmul: str) -> None:
+    scorer = Scorer(tiny_model(), layout="padded")
+    scorer.device = torch.device(device)
+    plan = ReferencePlan(Source.INITIAL_POLICY, Schedule.PRECOMPUTED, Checkpoint("here"), "a test")
+    assert identify(plan, scorer).matmul == matmul
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
