@@ -50,7 +50,7 @@ from fiducial.reference.sources import (
     build_reference,
 )
 from fiducial.reference.spot_check import spot_check
-from fiducial.reference.verify import Proof, prove_reference, require_adapter_off
+from fiducial.reference.verify import Proof, prove_reference, require_adapter_off, require_steady
 from fiducial.scoring_ahead import (
     ScoredAhead,
     identify_reference,
@@ -112,7 +112,8 @@ def prove(
     Raises:
         PlanError: switching the adapter off is not the starting policy.
         TrainingError: the reference should be the starting policy, and is not.
-        ModelError: the reference is not what it was when the run started, or not the same in every process.
+        ModelError: the reference is not what it was when the run started, or not the same in every process;
+            or the policy's training passes are random.
     """
     groups = typical_groups(run.data.sample if on is None else on)
     if run.plan.source is Source.ADAPTER_OFF:
@@ -125,6 +126,8 @@ def prove(
         reference = replace(reference, same_arithmetic=ahead.same_arithmetic)
     if isinstance(reference, NoReference):
         return ProvedReference(reference, groups, None)
+    with all_or_none():
+        require_steady(policy.scorer, groups)
     identity = None
     if ahead is not None:
         identity = ahead.store.identity

@@ -2,7 +2,8 @@
 
 transformers starts a model whose checkpoint lacks weights with random ones and a warning; here that is an
 error. Weights are read from safetensors alone, and remote code stays off, unless the run asks otherwise.
-Dropout is switched off in the config, before the modules that read it are built.
+Dropout, and noise on what a mixture's router and experts read, are switched off in the config, before the
+modules that read it are built.
 """
 
 import logging
@@ -23,11 +24,13 @@ from fiducial.reference.plan import Checkpoint
 
 logger = logging.getLogger("fiducial")
 
-_DROPOUT = re.compile(r"(dropout|drop|dropout_prob|dropout_rate)$")
+_DROPOUT = re.compile(r"(dropout|drop|dropout_prob|dropout_rate|jitter_noise)$")
+_NO_NOISE = {"phimoe": "router_jitter_noise"}
+"""By family, what is called like noise and decides which experts are near enough to be chosen."""
 
 
 def read_config(checkpoint: Checkpoint, cfg: ModelConfig, overrides: dict[str, Any]) -> PreTrainedConfig:
-    """The checkpoint's config with `overrides` merged in and every dropout at 0.
+    """The checkpoint's config with `overrides` merged in and every dropout and noise of training at 0.
 
     Raises:
         ModelError: It cannot be read, or an override names a field it does not have or contradicts another.
@@ -115,7 +118,8 @@ def is_soft_capped(config: PreTrainedConfig) -> bool:
 
 def _silence_dropout(config: PreTrainedConfig) -> None:
     for name, value in vars(config).items():
-        if isinstance(value, float) and value and _DROPOUT.search(name):
+        kept = name == _NO_NOISE.get(config.model_type)
+        if isinstance(value, float) and value and _DROPOUT.search(name) and not kept:
             setattr(config, name, 0.0)
     text = config.get_text_config()
     if text is not config:

@@ -1,4 +1,4 @@
-"""Eval mode for a while."""
+"""Another mode for a while."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,3 +17,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def training_without_dropout(model: nn.Module) -> Iterator[None]:
+    """Inside, every module but dropout is in training mode; afterwards each is in its own mode again."""
+    before = [(module, module.training) for module in model.modules()]
+    for module, _ in before:
+        module.training = not isinstance(module, nn.Dropout)
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training

@@ -1,7 +1,7 @@
 """Random numbers that belong to one place, drawn without touching those of the run."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -40,3 +40,15 @@ class Replay:
             if self.gpu is not None:
                 torch.cuda.set_rng_state(self.gpu, self.device)
             yield
+
+
+def draws_numbers(run: Callable[[], object], device: torch.device) -> bool:
+    """Whether `run`, which computes on `device`, draws random numbers; the global state stays what it was."""
+    before = Replay.from_here(device)
+    with before.again():
+        run()
+        after = Replay.from_here(device)
+    same = torch.equal(before.cpu, after.cpu)
+    return not same or (
+        before.gpu is not None and after.gpu is not None and not torch.equal(before.gpu, after.gpu)
+    )

@@ -11,8 +11,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fiducial.data.batch import PackedBatch
-from fiducial.errors import PlanError, TrainingError
+from fiducial.errors import ModelError, PlanError, TrainingError
 from fiducial.model.adapters import POLICY_ADAPTER, base_name
+from fiducial.model.mode import training_without_dropout
+from fiducial.model.randomness import draws_numbers
+from fiducial.model.redirection import causal_lm
 from fiducial.model.scoring import Scorer
 from fiducial.reference.log_ratio import LogRatios, spread
 from fiducial.reference.noise import Groups, NoiseFloor, logps_of, measure_noise, same_arithmetic
@@ -127,6 +130,24 @@ def prove_reference(
             f"{_likely_reason(policy, reference, batch)}"
         )
     return proof
+
+
+def require_steady(policy: Scorer, groups: Groups) -> None:
+    """Make sure that training passes draw nothing at random, but for the adapter's own dropout.
+
+    What is proved, and every reference, is in eval mode.
+
+    Raises:
+        ModelError: the model samples, or adds noise, in training.
+    """
+    with torch.no_grad(), training_without_dropout(policy.model):
+        drawn = draws_numbers(lambda: policy(policy.pack(groups[:1])), policy.device)
+    if drawn:
+        raise ModelError(
+            f"base_model: {type(causal_lm(policy.model)).__name__} draws random numbers in training (experts "
+            "that are sampled, or noise), and its reference does not: each pass would be another policy's. "
+            "Take a base_model that does not."
+        )
 
 
 def check_unmoved(proof: Proof, policy: Scorer, reference: Reference, groups: Groups) -> float:

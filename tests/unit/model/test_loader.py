@@ -132,6 +132,16 @@ def test_dropout_is_off(tmp_path: Path) -> None:
     assert torch.equal(policy(ids).logits, policy(ids).logits)
 
 
+def test_noise_is_off(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "mixtral", "mixtral", num_key_value_heads=2, router_jitter_noise=0.1)
+    policy = load(run(tmp_path / "mixtral")).train()
+    ids = torch.arange(9)[None]
+    assert torch.equal(policy(ids).logits, policy(ids).logits)
+    save_checkpoint(tmp_path / "phimoe", "phimoe", num_key_value_heads=2, input_jitter_noise=0.1)
+    config = load(run(tmp_path / "phimoe")).config
+    assert (config.input_jitter_noise, config.router_jitter_noise) == (0, 0.01), "the second is no noise"
+
+
 def test_overrides_reach_the_config_and_unknown_ones_are_named(base: Path) -> None:
     assert load(run(base, config_overrides={"rms_norm_eps": 0.5})).config.rms_norm_eps == 0.5
     with pytest.raises(ModelError, match=r"model_config: rms_norm_epz: .*no such field"):

@@ -9,14 +9,20 @@ from transformers import PreTrainedModel
 
 from fiducial.config.schema import AdapterConfig
 from fiducial.data.batch import PackedBatch
-from fiducial.errors import PlanError, TrainingError
+from fiducial.errors import ModelError, PlanError, TrainingError
 from fiducial.logps import TokenLogps
 from fiducial.model.adapters import freeze_copy, new_adapter
 from fiducial.model.loader import unfreeze
 from fiducial.model.scoring import Scorer
 from fiducial.reference.noise import measure_noise, same_arithmetic
 from fiducial.reference.sources import AdapterOff, FrozenAdapter, InitialPolicy, Reference, SeparateModel
-from fiducial.reference.verify import check_unmoved, probe_adapter, prove_reference, require_adapter_off
+from fiducial.reference.verify import (
+    check_unmoved,
+    probe_adapter,
+    prove_reference,
+    require_adapter_off,
+    require_steady,
+)
 from tiny import random_groups, tiny_model
 
 GROUPS = random_groups(4)
@@ -194,6 +200,16 @@ def test_another_reference_is_caught_with_its_reason(
     policy, reference = case()
     with pytest.raises(TrainingError, match=reason):
         prove_reference(policy, reference, GROUPS, expected_equal=True)
+
+
+def test_a_policy_that_samples_in_training_is_refused() -> None:
+    steady, model = adapted(dropout=0.5), tiny_model("phimoe", num_key_value_heads=2).eval()
+    state = torch.get_rng_state()
+    require_steady(steady, GROUPS)
+    with pytest.raises(ModelError, match="PhimoeForCausalLM draws random numbers in training"):
+        require_steady(padded(model), GROUPS)
+    assert not any(module.training for module in model.modules())
+    assert torch.equal(state, torch.get_rng_state())
 
 
 def test_a_different_checkpoint_on_purpose_is_only_measured() -> None:
