@@ -12,8 +12,8 @@ TRL takes a step in micro-batches of 2 long pairs or 8 short ones, some 4,000 to
 padding, or of the most that fit in memory. Peak memory is the CUDA allocator's; the matrix rate is the GPU's
 own on the products of the same step.
 
-Every step is run twice, and the second time is measured: padded batches come in ever new shapes, and the first
-pass in a shape takes longer. Over a long run that is little; in a short one it was most of TRL's time.
+Every step is run twice, and the second time is measured: padded batches come in ever new shapes, and the
+first pass in a shape takes longer. Over a long run that is little; in a short one it was most of TRL's time.
 
 What is measured is written when a contestant has finished: cut off at any time, the file holds all that have.
 One that fails is told, and the others go on. Exit code 1: one has failed. Exit code 3: there is no CUDA
