@@ -140,7 +140,7 @@ def _value(method: type[MethodConfig], loss: Loss, margin: float) -> float:
     comparison = Comparison(
         SequenceLogps(policy, tokens, nothing),
         SequenceLogps(start, tokens, nothing) if method.needs_reference else None,
-        Completions(group, score),
+        Completions.of(group, score),
     )
     known: dict[str, Any] = dict(loss.running)
     if loss.count is not None:

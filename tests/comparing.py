@@ -20,7 +20,7 @@ def comparison(
     """Sequences as groups of `size` completions."""
     count = len(policy.sum)
     score = torch.full((count,), torch.nan) if scores is None else torch.tensor(scores)
-    return Comparison(policy, reference, Completions(torch.arange(count) // size, score))
+    return Comparison(policy, reference, Completions.of(torch.arange(count) // size, score))
 
 
 def comparison_for(

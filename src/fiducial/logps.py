@@ -108,6 +108,13 @@ class Completions:
     """Which group it belongs to, ascending from 0."""
     score: Float[Tensor, " sequences"]
     """Its rating, or 1 and -1 for desirable and undesirable; NaN where the data has none."""
+    sizes: tuple[int, ...]
+    """How many each group has: known here, so that no device is asked for it."""
+
+    @classmethod
+    def of(cls, group: Int[Tensor, " sequences"], score: Float[Tensor, " sequences"]) -> "Completions":
+        """Of tensors alone, whose device is asked for the sizes."""
+        return cls(group, score, tuple(torch.bincount(group).tolist()))
 
     @property
     def chosen(self) -> Bool[Tensor, " sequences"]:
@@ -120,7 +127,7 @@ class Completions:
     @property
     def num_groups(self) -> int:
         """How many groups."""
-        return int(self.group[-1]) + 1 if len(self.group) else 0
+        return len(self.sizes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,10 +146,11 @@ class Comparison:
         for part in parts:
             shifts.append(shifts[-1] + part.completions.num_groups)
         groups = [part.completions.group + shift for part, shift in zip(parts, shifts, strict=False)]
+        sizes = tuple(size for part in parts for size in part.completions.sizes)
         return Comparison(
             _joined([part.policy for part in parts]),
             _joined(references) if references else None,
-            Completions(torch.cat(groups), torch.cat([part.completions.score for part in parts])),
+            Completions(torch.cat(groups), torch.cat([part.completions.score for part in parts]), sizes),
         )
 
     def detach(self) -> "Comparison":

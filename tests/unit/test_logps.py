@@ -16,7 +16,7 @@ NAN = torch.nan
 
 def completions(group: list[int], score: list[float] | None = None) -> Completions:
     given = score if score is not None else [NAN] * len(group)
-    return Completions(torch.tensor(group, dtype=torch.long), torch.tensor(given))
+    return Completions.of(torch.tensor(group, dtype=torch.long), torch.tensor(given))
 
 
 @pytest.mark.parametrize(

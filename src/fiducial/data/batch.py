@@ -83,6 +83,7 @@ class PackedBatch:
         return Completions(
             sent(torch.tensor(group, dtype=torch.long), device),
             sent(torch.tensor(score, dtype=torch.float32), device),
+            tuple(len(group.completions) for group in self.groups),
         )
 
     def to(self, device: torch.device | str) -> "PackedBatch":

@@ -6,6 +6,7 @@ the whole optimizer step of all processes; it carries no gradient.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -79,12 +80,13 @@ def kto_loss(
     return LossOutput(
         loss,
         {
-            "rewards/chosen": rewards[desirable],
-            "rewards/rejected": rewards[~desirable],
+            "rewards/chosen": rewards,
+            "rewards/rejected": rewards,
             # A tie counts one half: a policy that still equals its reference is on neither side.
             "rewards/accuracies": 0.5 * (above.detach().sign() + 1),
             "kl": point.expand(len(loss)),
         },
+        counted={"rewards/chosen": desirable, "rewards/rejected": ~desirable},
     )
 
 
@@ -103,7 +105,7 @@ def apo_zero_unpaired_loss(
         undesirable_weight=undesirable_weight,
     )
     metrics = {name: values for name, values in output.metrics.items() if name != "kl"}
-    return LossOutput(output.loss, metrics)
+    return replace(output, metrics=metrics)
 
 
 def _log_ratios(comparison: Comparison) -> Float[Tensor, " completions"]:

@@ -16,6 +16,7 @@ from fiducial.config.methods import MethodConfig
 from fiducial.logps import Comparison, Completions, SequenceLogps
 from fiducial.losses.loss import Loss
 from fiducial.losses.output import LossOutput
+from fiducial.sending import sent
 
 Rows = Float[Tensor, "groups most"]
 Present = Bool[Tensor, "groups most"]
@@ -32,11 +33,15 @@ class Layout:
     @classmethod
     def of(cls, completions: Completions) -> "Layout":
         """Completion k of group g at [g, k]."""
-        row = completions.group
-        sizes = torch.bincount(row)
-        column = torch.arange(len(row), device=row.device) - (sizes.cumsum(0) - sizes)[row]
-        most = int(sizes.max()) if len(sizes) else 1
-        return cls(row, column, torch.arange(most, device=row.device) < sizes[:, None])
+        row, sizes = completions.group, completions.sizes
+        column = [place for size in sizes for place in range(size)]
+        most = max(sizes, default=1)
+        present = [[place < size for place in range(most)] for size in sizes]
+        return cls(
+            row,
+            sent(torch.tensor(column, dtype=torch.long), row.device),
+            sent(torch.tensor(present, dtype=torch.bool).reshape(-1, most), row.device),
+        )
 
     def lay(self, values: Float[Tensor, " sequences"]) -> Rows:
         """One value a completion, as rows."""

@@ -45,7 +45,9 @@ def token_weights(ld_alpha: float | None) -> Callable[[PackedBatch], Tensor] | N
         return None
 
     def weights(batch: PackedBatch) -> Float[Tensor, " scored"]:
-        lengths = torch.bincount(batch.sequence, minlength=batch.num_sequences)
+        # As torch.bincount counts, which on a GPU is waited for.
+        lengths = batch.sequence.new_zeros(batch.num_sequences)
+        lengths = lengths.index_add(0, batch.sequence, torch.ones_like(batch.sequence))
         position = torch.arange(len(batch.sequence), device=lengths.device)
         position -= (lengths.cumsum(0) - lengths)[batch.sequence]
         shorter = lengths.reshape(len(lengths) // 2, 2).amin(1).repeat_interleave(2)

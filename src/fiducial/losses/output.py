@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 
@@ -16,6 +16,9 @@ class LossOutput:
     """Numbers to be averaged and logged, detached, by the name they are logged under."""
     running: Mapping[str, float] = field(default_factory=dict)
     """What the loss carries from one optimizer step to the next."""
+    counted: Mapping[str, Bool[Tensor, " groups"]] = field(default_factory=dict)
+    """Which numbers of a metric count, where not all do. Picked out, they would have a size that a GPU is
+    waited for."""
 
     @classmethod
     def of_rewards(

@@ -27,10 +27,11 @@ def gather_numbers(numbers: Sequence[int], device: torch.device) -> list[list[in
 
 def gather_mean(values: Sequence[float], device: torch.device) -> float:
     """Mean over the values of all processes; 0 where there are none."""
-    totals = torch.tensor([sum(values), len(values)], dtype=torch.float32, device=device)
+    total, count = float(sum(values)), len(values)
     if num_processes() > 1:
+        totals = torch.tensor([total, count], dtype=torch.float32, device=device)
         dist.all_reduce(totals)
-    total, count = totals.tolist()
+        total, count = totals.tolist()
     return total / count if count else 0.0
 
 
@@ -75,7 +76,7 @@ def _from_table(table: Tensor, like: Comparison) -> Comparison:
         return SequenceLogps(total.to(model.sum.dtype), num_tokens, statistics)
 
     total, num_tokens = next(columns), next(columns).long()
-    completions = Completions(next(columns).long(), next(columns).float())
+    completions = Completions.of(next(columns).long(), next(columns).float())
     policy = logps(like.policy, num_tokens, total)
     reference = like.reference
     if reference is not None:

@@ -72,17 +72,22 @@ class MetricSums:
         if reference is not None:
             values["kl"] = policy.sum - reference.unweighted.sum
         values |= output.metrics
-        for name, counted in values.items():
-            self._add(name, counted.sum(dtype=self.dtype), counted.numel())
+        for name, numbers in values.items():
+            self._count(name, numbers, output.counted.get(name))
         for side, which in {"chosen": chosen, "rejected": ~chosen}.items():
-            for name, counted in {"logps": policy.sum, "lengths": policy.num_tokens}.items():
+            for name, numbers in {"logps": policy.sum, "lengths": policy.num_tokens}.items():
                 if f"{name}/{side}" not in output.metrics:  # the loss knows better which it compares
-                    # Picked out by index they would have a size that a GPU is waited for.
-                    total = counted.where(which, 0).sum(dtype=self.dtype)
-                    self._add(f"{name}/{side}", total, which.sum())
+                    self._count(f"{name}/{side}", numbers, which)
         if ENTROPY in policy.statistics:
             self._add("entropy", policy.statistics[ENTROPY].sum(), policy.num_tokens.sum())
         self._add(_TOKENS, tokens, 1)
+
+    def _count(self, name: str, numbers: Tensor, which: Tensor | None) -> None:
+        """Add `numbers`, or those of them that are `which`."""
+        if which is None:
+            self._add(name, numbers.sum(dtype=self.dtype), numbers.numel())
+        else:
+            self._add(name, numbers.where(which, 0).sum(dtype=self.dtype), which.sum())
 
     def _add(self, name: str, total: Tensor | float, count: Tensor | int) -> None:
         if name not in self.totals:

@@ -73,4 +73,5 @@ def share(output: LossOutput, start: int, stop: int, total: int) -> LossOutput:
         name: values[start:stop] if len(values) == total else values[: len(values) if start == 0 else 0]
         for name, values in output.metrics.items()
     }
-    return LossOutput(output.loss[start:stop].detach(), metrics)
+    counted = {name: which[start:stop] for name, which in output.counted.items()}
+    return LossOutput(output.loss[start:stop].detach(), metrics, counted=counted)

@@ -40,7 +40,7 @@ def comparison(
 ) -> Comparison:
     group = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes, dtype=torch.long))
     expected = None if reference is None else SequenceLogps(reference, tokens)
-    return Comparison(SequenceLogps(policy, tokens), expected, Completions(group, scores))
+    return Comparison(SequenceLogps(policy, tokens), expected, Completions.of(group, scores))
 
 
 def row_by_row(naive: Callable[..., Tensor], *given: Tensor, sizes: list[int]) -> Tensor:

@@ -3,6 +3,7 @@
 Fake tensors have neither, and raise where one is asked for.
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fiducial.config.methods import DPOConfig, IPOConfig, MethodConfig, ORPOConfig, SimPOConfig
+from fiducial.config.methods import DPOConfig, MethodConfig, MixtureConfig, ORPOConfig, SFTConfig
 from fiducial.data.batch import pack
-from fiducial.losses import build_loss
+from fiducial.data.tokenize import TokenizedGroup
+from fiducial.losses import LOSSES, build_loss
 from fiducial.model.attention_plan import plan_attention
 from fiducial.model.logit_rule import LogitRule
 from fiducial.model.scoring import Scorer
@@ -29,6 +31,26 @@ from training_harness import StoredReference
 
 GROUPS = random_groups(3)
 CPU = torch.device("cpu")
+METHODS: list[MethodConfig] = [
+    *(config() for config in LOSSES if not build_loss(config()).running),  # which is told once a step
+    DPOConfig(ld_alpha=0.5),
+    DPOConfig(rpo_alpha=0.5, use_weighting=True, f_divergence_type="js_divergence"),
+    MixtureConfig(losses=(DPOConfig(), SFTConfig()), weights=(1.0, 1.0)),
+]
+
+
+def groups_for(method: MethodConfig) -> list[TokenizedGroup]:
+    """Three, with what `method` reads: the first label of single completions is undesirable."""
+    count = method.num_completions or 3 if method.paired else 1 + method.mismatched
+    drawn = random_groups(3, completions=max(count, 2))
+    return [
+        TokenizedGroup(
+            group.prompt,
+            group.completions[:count],
+            (2.0, 1.0, 0.0)[:count] if method.paired else (1.0 if number else -1.0, math.nan)[:count],
+        )
+        for number, group in enumerate(drawn)
+    ]
 
 
 def make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
@@ -40,23 +62,26 @@ def make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
             setattr(module, name, mode.from_tensor(buffer))
 
 
-@pytest.mark.parametrize("frozen_head", [False, True])
 @pytest.mark.parametrize(
-    "method", [DPOConfig(), IPOConfig(), SimPOConfig(), ORPOConfig()], ids=lambda m: m.name
+    ("method", "frozen_head"),
+    [*((method, False) for method in METHODS), (DPOConfig(), True), (ORPOConfig(), True)],
+    ids=lambda given: given.title if isinstance(given, MethodConfig) else given,
 )
 def test_a_step_waits_for_nothing(method: MethodConfig, frozen_head: bool) -> None:
-    model = tiny_model()
+    model = tiny_model(num_hidden_layers=1)
     model.get_output_embeddings().weight.requires_grad_(not frozen_head)
     scorer = Scorer(model, layout="packed")
-    reference = StoredReference(scorer, GROUPS) if method.needs_reference else NoReference()
-    scorer(scorer.pack(GROUPS))  # a first pass also measures the head
-    objective = Objective(scorer, reference, build_loss(method))
+    objective = Objective(scorer, NoReference(), build_loss(method))
+    trained, ahead = objective.parts(groups_for(method))
+    if method.needs_reference:
+        objective.reference = StoredReference(scorer, [*trained, *ahead])
+    scorer(scorer.pack(trained))  # a first pass also measures the head
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         make_fake(model.train(), mode)
-        scored, sums = objective.step([GROUPS])(0), MetricSums(CPU)
+        scored, sums = objective.step([trained], [ahead] if ahead else [])(0), MetricSums(CPU)
         scored.output.loss.sum().backward()
-        _count(sums, scored, GROUPS)
-    assert "rewards/margins" in sums.totals
+        _count(sums, scored, trained)
+    assert ("rewards/margins" if method.paired else "rewards/rejected") in sums.totals
     assert all(each.grad is not None for each in model.parameters() if each.requires_grad)
 
 
