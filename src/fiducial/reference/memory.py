@@ -83,7 +83,7 @@ def estimate_memory(
         activations = _beside_gradients(activations, cfg, facts, precision)
     adapter = count_trained(cfg, facts).adapter * precision.adapter
     parts = [
-        *policy_parts(cfg, facts, precision, one_pass=one_pass),
+        *policy_parts(cfg, facts, precision),
         *_reference_parts(cfg, facts, plan, precision, adapter),
         MemoryPart("activations of a training pass", activations, "training"),
     ]

@@ -2,7 +2,7 @@
 
 FSDP2 can keep all three in the CPU's memory (`fsdp_config: {offload_params: true}`). On the GPU are then the
 weights outside of the layers, those of the layer that computes and of the one that comes next, and their
-gradients. Where a step is cut into several passes, its gradients stay on the GPU until the last one.
+gradients, which leave in every pass.
 """
 
 from dataclasses import dataclass
@@ -53,17 +53,8 @@ class MemoryPart:
     """Held in the CPU's memory although the run is on another device."""
 
 
-def policy_parts(
-    cfg: RunConfig, facts: Facts, precision: HeldPrecision, *, one_pass: bool
-) -> list[MemoryPart]:
-    """Weights, autocast's copies of them, gradients and optimizer state.
-
-    Args:
-        cfg: The run.
-        facts: What is known of its checkpoints.
-        precision: Byte widths.
-        one_pass: Whether an optimizer step is a single forward and backward pass.
-    """
+def policy_parts(cfg: RunConfig, facts: Facts, precision: HeldPrecision) -> list[MemoryPart]:
+    """Weights, autocast's copies of them, gradients and optimizer state."""
     trained, bits = count_trained(cfg, facts), policy_bits(cfg)
     width = trained_width(cfg, precision)
     weights = model_bytes(facts.model, precision.weights, bits)
@@ -74,7 +65,7 @@ def policy_parts(
     away = offloads(cfg, precision)
     parts = [
         MemoryPart("autocast copies of weights", copies, "training"),
-        MemoryPart("gradients", trained.total * width, "training", on_cpu=away and one_pass),
+        MemoryPart("gradients", trained.total * width, "training", on_cpu=away),
         MemoryPart(f"optimizer state ({cfg.optimization.optimizer})", state, "training", on_cpu=away),
     ]
     if not away:
@@ -86,7 +77,7 @@ def policy_parts(
     return [
         MemoryPart("policy weights, before they are offloaded", weights + adapter, "scoring"),
         MemoryPart("policy weights", weights + adapter, "training", on_cpu=True),
-        *_gathered(cfg, facts, precision, one_pass=one_pass),
+        *_gathered(cfg, facts, precision),
         *parts,
     ]
 
@@ -112,29 +103,32 @@ def model_bytes(model: ModelFacts, dtype: str, bits: Bits | None) -> int:
     return int(quantised * _QUANTISED_BYTES[bits]) + scales + others
 
 
-def _gathered(cfg: RunConfig, facts: Facts, precision: HeldPrecision, *, one_pass: bool) -> list[MemoryPart]:
+def _gathered(cfg: RunConfig, facts: Facts, precision: HeldPrecision) -> list[MemoryPart]:
     """What is on the GPU of offloaded weights while a layer computes, and of gradients that leave it."""
-    trained, layers = count_trained(cfg, facts), max(facts.model.sizes.layers, 1)
-    in_layers = sum(tensor.size for name, tensor in facts.model.tensors.items() if layer_of(name) is not None)
-    outside = facts.model.num_parameters - in_layers
+    trained, layers, tensors = (
+        count_trained(cfg, facts),
+        max(facts.model.sizes.layers, 1),
+        facts.model.tensors,
+    )
+    outside = {name: tensor.size for name, tensor in tensors.items() if layer_of(name) is None}
+    size_outside = sum(outside.values())
     share = _AT_ONCE / layers
-    weights = (outside + in_layers * share) * BYTES[precision.weights]
+    weights = size_outside + (facts.model.num_parameters - size_outside) * share
     adapter = trained.adapter * precision.adapter * share
-    parts = [MemoryPart("policy weights of the layers at hand", int(weights + adapter), "training")]
-    if one_pass:
-        beside = (
-            0
-            if cfg.adapter
-            else sum(
-                tensor.size
-                for name, tensor in facts.model.tensors.items()
-                if layer_of(name) is None and is_trained(cfg, name)
-            )
-        )
-        gradients = beside + (trained.total - beside) / layers
-        width = trained_width(cfg, precision)
-        parts.append(MemoryPart("gradients of the layer at hand", int(gradients * width), "training"))
-    return parts
+    trained_outside = (
+        0 if cfg.adapter else sum(size for name, size in outside.items() if is_trained(cfg, name))
+    )
+    gradients = trained_outside + (trained.total - trained_outside) / layers
+    return [
+        MemoryPart(
+            "policy weights of the layers at hand",
+            int(weights * BYTES[precision.weights] + adapter),
+            "training",
+        ),
+        MemoryPart(
+            "gradients of the layer at hand", int(gradients * trained_width(cfg, precision)), "training"
+        ),
+    ]
 
 
 def _quantised(model: ModelFacts, bits: Bits | None) -> int:

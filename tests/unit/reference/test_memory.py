@@ -99,16 +99,22 @@ def test_offloaded_weights_are_in_the_cpus_memory_while_they_train(
     assert estimate(away, 1, gpu=False).parts == estimate(held, 1, gpu=False).parts  # it is all the CPU's
 
 
-def test_gradients_of_offloaded_weights_stay_until_the_last_pass_of_a_step(families: dict[str, Path]) -> None:
+@pytest.mark.parametrize("passes", [1, 4])
+def test_gradients_of_offloaded_weights_leave_in_every_pass(passes: int, families: dict[str, Path]) -> None:
     options = DistributedConfig(fsdp_version=2, fsdp_config={"offload_params": True})
     cfg = run_config(families["llama"]).model_copy(
         update={
             "distributed": options,
-            "optimization": OptimizationConfig(gradient_accumulation_steps=4),
+            "optimization": OptimizationConfig(gradient_accumulation_steps=passes),
         }
     )
-    gradients = [item for item in estimate(cfg, 1, gpu=True).parts if item.name.startswith("gradients")]
-    assert [item.on_cpu for item in gradients] == [False]
+    gradients = {
+        item.name: item for item in estimate(cfg, 1, gpu=True).parts if item.name.startswith("gradients")
+    }
+    assert gradients["gradients"].on_cpu
+    here = gradients["gradients of the layer at hand"]
+    assert not here.on_cpu
+    assert 0 < here.bytes < gradients["gradients"].bytes
 
 
 @pytest.mark.parametrize(("schedule", "when"), [("live", "throughout"), ("precomputed", "scoring")])
