@@ -84,9 +84,15 @@ def _open(path: str, cfg: RunConfig) -> PreTrainedTokenizerBase:
         raise ModelError(
             f"no tokenizer can be loaded from {path}: {error}\nPut its files there, or {remedy}."
         ) from error
-    if not len(tokenizer):
+    if _is_empty(tokenizer):
         raise ModelError(f"the tokenizer in {path} is empty; name another with `tokenizer_config:`.")
     return tokenizer
+
+
+def _is_empty(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether it has no words: some classes make one of special tokens alone where the files are missing."""
+    special = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    return tokenizer.get_vocab().keys() <= special | set(tokenizer.all_special_tokens)
 
 
 def _take_template(tokenizer: PreTrainedTokenizerBase, cfg: RunConfig) -> None:

@@ -202,10 +202,14 @@ def test_mistakes_say_where_and_what(
 
 def test_nectar_is_not_upside_down() -> None:
     """axolotl compares the two worst answers and calls the worst one chosen."""
-    row = {"prompt": "?", "answers": [{"answer": f"rank {rank}", "rank": rank} for rank in (7, 1, 3, 2)]}
+    row: Any = {"prompt": "?", "answers": [{"answer": f"rank {rank}", "rank": rank} for rank in (7, 1, 3, 2)]}
     config = DatasetConfig(path="p", type="zephyr.nectar")
     _, format_, fields = choose_format(config, look_at([row], list(row), config), where="datasets.0")
     assert format_.read(row, fields)[1] == ("rank 1", "rank 2")
+    row["answers"][0]["rank"] = "best"
+    with pytest.raises(OddRow) as odd:
+        format_.read(row, fields)
+    assert odd.value.reason is Reason.SCORE
 
 
 def test_docs_list_every_format() -> None:

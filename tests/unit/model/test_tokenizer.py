@@ -84,3 +84,13 @@ def test_missing_and_damaged_files_are_named(base: Path, content: str | None) ->
     file.unlink() if content is None else file.write_text(content)
     with pytest.raises(ModelError, match="no tokenizer can be loaded from"):
         load_tokenizer(run(base))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma2"])
+def test_a_tokenizer_made_of_nothing_is_called_empty(family: str, tmp_path: Path) -> None:
+    """transformers makes one where a checkpoint has no files for it, and it knows special tokens alone."""
+    base = save_checkpoint(tmp_path / "base", family)
+    for file in base.glob("token*"):
+        file.unlink()
+    with pytest.raises(ModelError, match="is empty; name another"):
+        load_tokenizer(run(base))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fiducial.data.example import Messages, OddRow, Reason
 from fiducial.data.formats.cells import answer, cell, messages, optional_text, split_shared, text
 from fiducial.data.formats.fields import Fields, Preference, Row
+from fiducial.data.formats.scores import as_score
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,7 @@ def nectar(row: Row, fields: Fields) -> Preference:
         raise OddRow(Reason.MISSING, "two ranked answers")
     if any(not isinstance(item, dict) or item.get("rank") is None for item in answers):
         raise OddRow(Reason.MISSING, "the rank of an answer")
-    first, second = sorted(answers, key=lambda item: float(item["rank"]))[:2]
+    first, second = sorted(answers, key=lambda item: as_score(item["rank"], "rank"))[:2]
     turns = ({"role": "system", "content": ""}, {"role": "user", "content": text(row, fields, "prompt")})
     ranked = Fields({"answer": "answer"})
     return ZEPHYR.prompt(turns), (text(first, ranked, "answer"), text(second, ranked, "answer"))
