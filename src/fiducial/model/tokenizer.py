@@ -53,7 +53,9 @@ def require_same_vocabulary(
     try:
         theirs = AutoTokenizer.from_pretrained(
             reference.path, revision=reference.revision, trust_remote_code=trust_remote_code
-        ).get_vocab()
+        )
+        if _is_empty(theirs):
+            raise ValueError("it is empty")
     except Exception as error:  # whatever its parser raises
         logger.warning(
             "%s has no tokenizer that can be read (%s): that it reads the policy's token ids is not checked.",
@@ -61,7 +63,7 @@ def require_same_vocabulary(
             error,
         )
         return
-    if theirs and (difference := vocabulary_difference(tokenizer.get_vocab(), theirs)):
+    if difference := vocabulary_difference(tokenizer.get_vocab(), theirs.get_vocab()):
         raise ModelError(different_vocabulary(reference.path, difference))
 
 

@@ -138,3 +138,12 @@ def test_the_loaded_tokenizers_are_compared_too(checkpoints: Path, caplog: pytes
     with caplog.at_level("WARNING", "fiducial"):
         ModelLoader(bare, load_tokenizer(bare), reference_model=True).load()
     assert "is not checked" in caplog.text
+
+
+def test_a_tokenizer_made_of_nothing_is_none(checkpoints: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for path in save_checkpoint(checkpoints / "nameless", "gemma2").glob("*token*"):
+        path.unlink()
+    cfg = validate_config(run(checkpoints, "nameless"))
+    with caplog.at_level("WARNING", "fiducial"):
+        ModelLoader(cfg, load_tokenizer(cfg), reference_model=True).load()
+    assert "is not checked" in caplog.text
