@@ -67,7 +67,7 @@ KINDS: dict[str, Kind] = {
     ),
     "bias all, adapter": Kind(LORA | {"peft_bias": "all"}, {"adapter": "sft"}, Source.SEPARATE_MODEL),
     "resumed, another adapter": Kind(
-        LORA | {"lora_model_dir": "other-sft"}, {"adapter": "sft"}, Source.FROZEN_ADAPTER
+        LORA | {"lora_r": None, "lora_model_dir": "other-sft"}, {"adapter": "sft"}, Source.FROZEN_ADAPTER
     ),
     "full, model": Kind({}, {"model": "other"}, Source.SEPARATE_MODEL),
     "lora, model": Kind(LORA, {"model": "other"}, Source.SEPARATE_MODEL),
@@ -186,8 +186,9 @@ def test_the_same_adapter_is_the_same_reference_however_it_is_held(checkpoints: 
     # Beside the policy's own adapter, or resumed as the policy: one identity, so the records are shared.
     named = KINDS["lora, adapter"]
     resumed = validate_config(
-        {"base_model": str(checkpoints / "base"), "rl": "dpo", "lora_model_dir": str(checkpoints / "sft")}
-        | LORA
+        LORA
+        | {"base_model": str(checkpoints / "base"), "rl": "dpo", "lora_model_dir": str(checkpoints / "sft")}
+        | {"lora_r": None}
     )
     folders = []
     for cfg in (configure(checkpoints, named, PRECOMPUTED), resumed):

@@ -128,7 +128,7 @@ def test_a_resumed_run_compares_with_the_weights_it_started_from(tmp_path: Path)
 
 
 def test_a_resumed_run_keeps_its_live_adapter_reference(tmp_path: Path) -> None:
-    start = save_adapter(tmp_path / "start", Path(settings(tmp_path)["base_model"]))
+    start = save_adapter(tmp_path / "start", Path(settings(tmp_path)["base_model"]), lora_dropout=0.1)
     live = LORA | {"lora_model_dir": str(start), "reference": {"schedule": "live"}}
     whole = settings(tmp_path, output_dir=str(tmp_path / "whole"), **live)
     train(whole)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fiducial.config.schema import AdapterConfig
 from fiducial.errors import ModelError
 from fiducial.reference.checkpoint import (
     TensorFact,
@@ -30,6 +31,8 @@ class AdapterFacts:
     key: str = "lora_model_dir"
     """The YAML key that names it."""
     r: int | None = None
+    alpha: float | None = None
+    dropout: float = 0.0
     init_lora_weights: bool | str | None = True
     bias: str = "none"
     use_dora: bool = False
@@ -79,6 +82,8 @@ def read_adapter_facts(location: str, key: str = "lora_model_dir", *, allow_pick
         peft_type=str(config.get("peft_type", "unknown")),
         key=key,
         r=config.get("r"),
+        alpha=config.get("lora_alpha"),
+        dropout=config.get("lora_dropout") or 0.0,
         init_lora_weights=config.get("init_lora_weights", True),
         bias=config.get("bias") or "none",
         use_dora=bool(config.get("use_dora")),
@@ -89,6 +94,33 @@ def read_adapter_facts(location: str, key: str = "lora_model_dir", *, allow_pick
         base_model=config.get("base_model_name_or_path") or None,
         tensors=tensors,
     )
+
+
+_OWN = {
+    "lora_r": "r",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "peft_use_dora": "use_dora",
+    "peft_use_rslora": "use_rslora",
+}
+"""Keys of a new adapter, of which a resumed one has its own."""
+
+
+def check_own_settings(adapter: AdapterFacts, cfg: AdapterConfig) -> None:
+    """Refuse what the run asks of a resumed adapter and would not get.
+
+    A value that is the default may be one that nobody wrote, and says nothing.
+
+    Raises:
+        ModelError: a setting other than the adapter's own.
+    """
+    for key, name in _OWN.items():
+        asked, own = getattr(cfg, name), getattr(adapter, name)
+        if asked not in (own, AdapterConfig.model_fields[name].default) and own is not None:
+            raise ModelError(
+                f"{key}: {asked} has no effect: lora_model_dir goes on with the adapter in "
+                f"{adapter.location} as it is, with {own}. Write that, or remove {key}."
+            )
 
 
 def check_adapter_fits(

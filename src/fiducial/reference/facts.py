@@ -11,7 +11,13 @@ from typing import Any
 
 from fiducial.config.schema import RunConfig
 from fiducial.errors import ModelError
-from fiducial.reference.adapter_facts import DRAWN_INIT, AdapterFacts, check_adapter_fits, read_adapter_facts
+from fiducial.reference.adapter_facts import (
+    DRAWN_INIT,
+    AdapterFacts,
+    check_adapter_fits,
+    check_own_settings,
+    read_adapter_facts,
+)
 from fiducial.reference.checkpoint import (
     CheckpointFiles,
     TensorFact,
@@ -102,6 +108,8 @@ def _adapter_facts(
         return None, None
     adapter = read_adapter_facts(location, key, allow_pickle=cfg.model.allow_pickle_weights)
     _require_split_again(adapter)
+    if key == "lora_model_dir" and cfg.adapter is not None:
+        check_own_settings(adapter, cfg.adapter)
     stored = base.tensors if base.shapes_are_exact else None
     note = check_adapter_fits(adapter, base.location, stored, tied=base.tied_embeddings)
     if note is not None and key == "reference.adapter":

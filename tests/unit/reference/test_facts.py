@@ -322,3 +322,26 @@ def test_a_folder_that_is_no_adapter_is_explained(base: Path, tmp_path: Path) ->
     (adapter / "adapter_model.bin").unlink()
     with pytest.raises(ModelError, match="has no weights"):
         gather(base, adapter=adapter)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"r": 99}, "lora_r: 99 has no effect: lora_model_dir goes on with the adapter in .*, with 4"),
+        ({"dropout": 0.1}, "lora_dropout: 0.1 has no effect"),
+        ({"use_dora": True}, "peft_use_dora: True has no effect"),
+    ],
+)
+def test_a_resumed_adapter_has_settings_of_its_own(
+    base: Path, tmp_path: Path, settings: dict[str, Any], says: str
+) -> None:
+    path = save_adapter(tmp_path / "adapter", lora_dropout=0.5)
+
+    def resumed(**settings: Any) -> Facts:
+        adapter = AdapterConfig(kind="lora", path=str(path), **settings)
+        model = ModelConfig(base_model=str(base))
+        return gather_facts(RunConfig(model=model, adapter=adapter, method=DPOConfig()))
+
+    with pytest.raises(ModelError, match=says):
+        resumed(**settings)
+    resumed(r=4, dropout=0.5)
