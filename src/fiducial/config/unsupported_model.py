@@ -35,7 +35,7 @@ METHOD = table(
         "plugins",
         no(
             "liger_* keys and loggers need no plugin here; any other changes axolotl's own code: remove it",
-            suffixes=(".LigerPlugin", ".CutCrossEntropyPlugin", ".SwanLabPlugin"),
+            suffixes=(".LigerPlugin", ".CutCrossEntropyPlugin", ".KernelsPlugin", ".SwanLabPlugin"),
         ),
     ),
 )

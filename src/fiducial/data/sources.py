@@ -82,7 +82,9 @@ def _target(config: DatasetConfig, path: Path, where: str, place: str) -> tuple[
     """What `load_dataset` is called with: a builder and files, a folder, or a hub name and its files."""
     files = list(config.data_files) if isinstance(config.data_files, tuple) else config.data_files
     if path.is_file() or "://" in config.path:
-        _refuse(config, where, ("name", "data_files", "revision"), "a single file")
+        names_itself = files in (config.path, [config.path])  # axolotl's files say it twice
+        others = ("name", "revision") if names_itself else ("name", "data_files", "revision")
+        _refuse(config, where, others, "a single file")
         return _builder(config, where), str(path) if path.is_file() else config.path
     if config.path in KINDS and files:
         _refuse(config, where, ("name", "revision"), "local files")

@@ -198,7 +198,7 @@ def test_an_unsupported_key_is_refused_with_its_reason_unless_it_changes_nothing
     [
         ("neftune_noise_alpha", 0),
         ("plugins", []),
-        ("plugins", ["axolotl.integrations.liger.LigerPlugin"]),
+        ("plugins", ["axolotl.integrations.liger.LigerPlugin", "axolotl.integrations.kernels.KernelsPlugin"]),
         ("relora", False),
         ("loraplus_lr_embedding", 1e-6),
         ("save_safetensors", True),

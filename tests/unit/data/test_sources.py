@@ -147,6 +147,7 @@ def test_options_without_effect_on_a_file(tmp_path: Path) -> None:
             ConfigError, match=f"datasets.0.{next(iter(options))}: has no effect on a single file"
         ):
             opened(path, **options)
+    assert len(opened(path, data_files=[str(path)])) == len(opened(path))
 
 
 def test_progress_bars_are_left_as_they_were(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
