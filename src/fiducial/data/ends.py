@@ -26,6 +26,12 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None
     return frozenset(ends)
 
 
+def spelled_out(text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The usual marks that `text` closes turns with and the tokenizer has no token for."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    return [mark for mark in MARKS if mark in text and mark not in added]
+
+
 def _closing(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> set[int]:
     """The ids that two different answers have in common at their end."""
     try:

@@ -1,11 +1,12 @@
 """How the rows of one dataset are read, decided by its first ones; stored and streamed data alike."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fiducial.config.schema import DatasetConfig
 from fiducial.data.audit import DatasetAudit
-from fiducial.data.example import OddRow
+from fiducial.data.ends import spelled_out
+from fiducial.data.example import Content, OddRow
 from fiducial.data.formats import choose_format
 from fiducial.data.formats.labels import read_scores
 from fiducial.data.formats.shape import look_at
@@ -43,20 +44,37 @@ def choose_reading(
     account.unread_columns = [column for column in columns if column not in fields.columns.values()]
     if fields is not found:
         account.notes.append(TOOLS_UNWRITTEN)
-    if _scores_headers(work, rows):
-        account.notes.append(NO_GENERATION_PROMPT)
+    account.notes += _odd_template(work, rows)
     return work, account
 
 
-def _scores_headers(work: RowTokenizer, rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether rows are conversations that the template does not open the answer of."""
-    template = work.tokenize.template
-    if template is None or template.opens_the_answer:
-        return False
+def _first_example(work: RowTokenizer, rows: Sequence[Mapping[str, Any]]) -> tuple[Content, Content] | None:
+    """Prompt and first completion of the first row that can be read."""
     for row in rows:
         try:
-            prompt, _ = work.read(row, work.fields)
+            prompt, completions = work.read(row, work.fields)
         except OddRow:
             continue
-        return not isinstance(prompt, str)
-    return False
+        return prompt, completions[0]
+    return None
+
+
+def _odd_template(work: RowTokenizer, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What is to be said of how the template, or a type's own, writes rows."""
+    example, template = _first_example(work, rows), work.tokenize.template
+    if example is None:
+        return
+    prompt, completion = example
+    if isinstance(prompt, str) and isinstance(completion, str):
+        written = prompt + completion
+    elif template is None or isinstance(prompt, str) or isinstance(completion, str):
+        return
+    else:
+        if not template.opens_the_answer:
+            yield NO_GENERATION_PROMPT
+        try:
+            written = template.render((*prompt, *completion), add_generation_prompt=False)
+        except OddRow:  # this row is counted
+            return
+    for mark in spelled_out(written, work.tokenize.tokenizer):
+        yield f"{mark} is no token of the tokenizer: it is read piece by piece; tokens: ['{mark}'] adds it"

@@ -125,6 +125,18 @@ def test_template_without_generation_prompt_is_noted(load: Load) -> None:
     assert load([GOOD_CHAT]).audit.datasets[0].notes == []
 
 
+def test_marks_that_are_no_tokens_are_noted(load: Load) -> None:
+    notes = load([GOOD_CHAT], tokenizer={"chat_template": "gemma"}).audit.datasets[0].notes
+    assert notes == [
+        "<end_of_turn> is no token of the tokenizer: it is read piece by piece; "
+        "tokens: ['<end_of_turn>'] adds it"
+    ]
+    asked = {"question": "2+2?", "chosen": "4", "rejected": "5"}
+    [note] = load([asked], dataset={"type": "llama3.intel"}).audit.datasets[0].notes
+    assert note.startswith("<|eot_id|> is no token")
+    assert load([asked], dataset={"type": "chatml.intel"}).audit.datasets[0].notes == []
+
+
 def test_no_row_left_is_an_error(load: Load) -> None:
     with pytest.raises(DataError, match=r"datasets\.0 .*none of the 2 rows read.*2 × empty completion"):
         load([{**pair(0), "chosen": ""}, {**pair(1), "chosen": ""}])
