@@ -6,16 +6,18 @@ from typing import Any
 from fiducial.config.schema import DatasetConfig
 from fiducial.data.audit import DatasetAudit
 from fiducial.data.ends import spelled_out
-from fiducial.data.example import Content, OddRow
+from fiducial.data.example import Content, Messages, OddRow
 from fiducial.data.formats import choose_format
 from fiducial.data.formats.labels import read_scores
 from fiducial.data.formats.shape import look_at
 from fiducial.data.formats.tools import rendered_tools
 from fiducial.data.rows import RowTokenizer
+from fiducial.data.templates import ChatTemplate
 from fiducial.data.tokenize import GroupTokenizer
 
 NO_GENERATION_PROMPT = "the chat template has no generation prompt: what it puts before an answer is scored"
 TOOLS_UNWRITTEN = "the chat template writes no tools, so that the column is not read"
+CALLS_UNWRITTEN = "the chat template writes no tool calls: they are left out of rows that have them"
 LOOK_AT = 100
 """Rows `type: auto` decides by."""
 
@@ -48,33 +50,45 @@ def choose_reading(
     return work, account
 
 
-def _first_example(work: RowTokenizer, rows: Sequence[Mapping[str, Any]]) -> tuple[Content, Content] | None:
-    """Prompt and first completion of the first row that can be read."""
-    for row in rows:
-        try:
-            prompt, completions = work.read(row, work.fields)
-        except OddRow:
-            continue
-        return prompt, completions[0]
-    return None
-
-
 def _odd_template(work: RowTokenizer, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """What is to be said of how the template, or a type's own, writes rows."""
-    example, template = _first_example(work, rows), work.tokenize.template
-    if example is None:
-        return
-    prompt, completion = example
-    if isinstance(prompt, str) and isinstance(completion, str):
-        written = prompt + completion
-    elif template is None or isinstance(prompt, str) or isinstance(completion, str):
-        return
-    else:
+    first = next(_examples(work, rows), "")
+    template = work.tokenize.template
+    written = first if isinstance(first, str) else None
+    if not isinstance(first, str) and template is not None:
         if not template.opens_the_answer:
             yield NO_GENERATION_PROMPT
-        try:
-            written = template.render((*prompt, *completion), add_generation_prompt=False)
-        except OddRow:  # this row is counted
-            return
-    for mark in spelled_out(written, work.tokenize.tokenizer):
+        if any(_leaves_out_calls(template, each) for each in _examples(work, rows)):
+            yield CALLS_UNWRITTEN
+        written = _rendered(template, first)
+    for mark in spelled_out(written or "", work.tokenize.tokenizer):
         yield f"{mark} is no token of the tokenizer: it is read piece by piece; tokens: ['{mark}'] adds it"
+
+
+def _examples(work: RowTokenizer, rows: Sequence[Mapping[str, Any]]) -> Iterator[Content]:
+    """Prompt and first completion, as one, of each row that can be read."""
+    for row in rows:
+        try:
+            prompt, (completion, *_) = work.read(row, work.fields)
+        except OddRow:
+            continue
+        if isinstance(prompt, str) and isinstance(completion, str):
+            yield prompt + completion
+        elif not isinstance(prompt, str) and not isinstance(completion, str):
+            yield (*prompt, *completion)
+
+
+def _leaves_out_calls(template: ChatTemplate, messages: Content) -> bool:
+    """Whether what the assistant calls is not written, so that nobody learns it."""
+    if isinstance(messages, str) or not any(turn.get("tool_calls") for turn in messages):
+        return False
+    silent = tuple({key: turn[key] for key in turn if key != "tool_calls"} for turn in messages)
+    written = _rendered(template, messages)
+    return written is not None and written == _rendered(template, silent)
+
+
+def _rendered(template: ChatTemplate, messages: Messages) -> str | None:
+    try:
+        return template.render(messages, add_generation_prompt=False)
+    except OddRow:  # the row is counted
+        return None

@@ -130,6 +130,17 @@ def test_a_template_that_writes_none(load: Load) -> None:
         load([row(functions=[WEATHER])], silent, field_tools="functions")
 
 
+def test_a_template_that_writes_no_calls(load: Load) -> None:
+    calls = [{"function": {"name": "weather", "arguments": {}}}]
+    calling = row(chosen=[{"role": "assistant", "content": "Let me see", "tool_calls": calls}])
+    silent = TEMPLATE.replace("m.tool_calls or []", "[]")
+    rows = [row(), calling | {"prompt": [{**ASKED, "content": "Snow?"}]}]
+    assert "the chat template writes no tool calls: they are left out of rows that have them" in (
+        load(rows, silent).audit.datasets[0].notes
+    )
+    assert load(rows).audit.datasets[0].notes == load([row()], silent).audit.datasets[0].notes == []
+
+
 def test_plain_text_reads_none(load: Load) -> None:
     plain = {"prompt": "2+2=", "chosen": "4", "rejected": "5", "functions": [WEATHER]}
     with pytest.raises(ConfigError, match=r"field_tools: has no effect on type 'trl\.explicit'"):
