@@ -5,6 +5,7 @@ merged into the base as it was before quantisation, as is usual: the quantised o
 """
 
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from fiducial.config.schema import AdapterConfig, RunConfig
 from fiducial.errors import ConfigError, ModelError
 from fiducial.finished import FinishedRun, from_config
+from fiducial.model.adapters import merge_into_base
 from fiducial.model.checkpoint import read_config
 from fiducial.model.loader import ModelLoader
 from fiducial.model.tokenizer import load_tokenizer
@@ -84,7 +86,7 @@ def _merge(cfg: RunConfig, output: Path | None) -> Path:
     _require_base_of_then(cfg, trained, tokenizer)
     policy, _ = ModelLoader(run, tokenizer).load()
     assert isinstance(policy, PeftModel)
-    merged = policy.merge_and_unload(safe_merge=True)
+    merged: Any = merge_into_base(policy, f"the adapter in {trained}")
     try:
         merged.to(base.dtype or merged.dtype).save_pretrained(target)
         tokenizer.save_pretrained(target)

@@ -21,6 +21,7 @@ from fiducial.config.schema import (
 from fiducial.errors import ConfigError, ModelError
 from fiducial.finished import FinishedRun
 from fiducial.merge import merge_adapter, merge_finished
+from fiducial.model.loader import ModelLoader
 from fiducial.reference.facts import gather_facts
 from fiducial.reference.plan import plan_reference
 from fiducial.reference.predicted import predict_identity
@@ -158,6 +159,17 @@ def test_stacked_layers_share_weights_and_are_not_merged(tmp_path: Path) -> None
     run = trained_run(tmp_path, layer_replication=[[0, 2], [1, 2]])
     with pytest.raises(ModelError, match="merging it would change all of them"):
         merge_adapter(run)
+
+
+@pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning")
+def test_what_cannot_be_merged_is_told(tmp_path: Path) -> None:
+    run = trained_run(tmp_path, lora_bias=True)  # on layers without a bias to add it to
+    with pytest.raises(ModelError, match=r"the adapter in .*out cannot be merged into its base: .*lora_bias"):
+        merge_adapter(run)
+    reference = ReferenceConfig(adapter=str(tmp_path / "out"))
+    cfg = run.model_copy(update={"adapter": None, "reference": reference})
+    with pytest.raises(ModelError, match=r"reference.adapter: .*out cannot be merged into its base"):
+        ModelLoader(cfg, tiny_tokenizer(), reference_model=True).load()
 
 
 def test_another_base_than_was_trained_on_is_not_merged_with(tmp_path: Path) -> None:

@@ -170,6 +170,19 @@ def freeze_copy(model: PeftModel) -> None:
             parameter.requires_grad_(False)
 
 
+def merge_into_base(model: PeftModel, named: str) -> PreTrainedModel:
+    """The base with its adapter's updates added to the weights; `named` is how errors speak of the adapter.
+
+    Raises:
+        ModelError: PEFT cannot add one of them, or a sum is not finite.
+    """
+    try:
+        merged: PreTrainedModel = model.merge_and_unload(safe_merge=True)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        raise ModelError(f"{named} cannot be merged into its base: {error}") from error
+    return merged
+
+
 def adapters_off(model: nn.Module) -> AbstractContextManager[None]:
     """Inside, the model computes what its base computes; no parameter's `requires_grad` is touched.
 

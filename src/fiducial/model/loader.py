@@ -137,8 +137,7 @@ class ModelLoader:
         resumed = adapters.resume_adapter(
             model, path, trainable=False, float32=True, pickle=self.cfg.model.allow_pickle_weights, key=key
         )
-        merged: PreTrainedModel = resumed.merge_and_unload()
-        return merged
+        return adapters.merge_into_base(resumed, f"{key}: {path}")
 
     def _load_base(
         self, checkpoint: Checkpoint, dtype: torch.dtype, placed: dict[str, Any], *, reinit: bool = False
