@@ -84,10 +84,21 @@ def remedy(cfg: RunConfig, schedule: Schedule, works: Source | None) -> str:
     if works is not None:
         return f"Write reference.source: auto, which picks {works} here."
     if schedule is Schedule.SYNCED:
-        return "Write reference.mixup_alpha: 1, train without adapter, or leave reference.schedule out."
+        return _remedy_for_moving(cfg)
     if streams(cfg):
         return "Write streaming: false with reference.source: auto, so that it can be scored before step 1."
     return "Write reference.source: auto with reference.schedule: precomputed, to score it before step 1."
+
+
+def _remedy_for_moving(cfg: RunConfig) -> str:
+    """Where no source could follow the policy."""
+    if cfg.adapter is None:
+        return "Remove reference.load_in_8bit, reference.load_in_4bit and reference.offload."
+    if cfg.adapter.bias != "none":
+        return "Write peft_bias: none, train without adapter, or leave reference.schedule out."
+    if cfg.reference.mixup_alpha != 1:
+        return "Write reference.mixup_alpha: 1, train without adapter, or leave reference.schedule out."
+    return "Remove reference.schedule, or train without adapter."
 
 
 def _remedy_for_live(cfg: RunConfig) -> str:

@@ -175,7 +175,7 @@ def _why_model_cannot_move(cfg: RunConfig) -> str | None:
     if reference_bits(cfg) or cfg.reference.offload is not None:
         return "weights in 8 or 4 bits, or kept elsewhere until they compute, cannot move"
     if cfg.adapter is not None:
-        return "only the adapter is trained, so only a copy of the adapter can follow it"
+        return "with an adapter, only a copy of the adapter can follow the policy"
     return None
 
 

@@ -42,17 +42,26 @@ def test_defaults_and_choices() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "why"),
+    ("settings", "why", "instead"),
     [
-        ({"reference": MIX, "adapter": {}}, "the product of two mixtures"),
-        ({"reference": COPY | {"model": "other"}}, "must start as the policy"),
-        ({"reference": COPY | {"source": "adapter_off"}, "adapter": {}}, "cannot move"),
-        ({"reference": COPY | {"source": "separate_model"}, "adapter": {}}, "only a copy of the adapter"),
-        ({"reference": COPY, "adapter": {"path": "sft", "bias": "all"}}, "only a copy of the adapter"),
+        ({"reference": MIX, "adapter": {}}, "the product of two mixtures", "reference.mixup_alpha: 1"),
+        ({"reference": COPY | {"model": "other"}}, "must start as the policy", "Remove reference.model"),
+        ({"reference": COPY | {"source": "adapter_off"}, "adapter": {}}, "cannot move", "frozen_adapter"),
+        (
+            {"reference": COPY | {"source": "separate_model"}, "adapter": {}},
+            "only a copy of the adapter",
+            "frozen_adapter",
+        ),
+        (
+            {"reference": COPY, "adapter": {"path": "sft", "bias": "all"}},
+            "only a copy of the adapter",
+            "Write peft_bias: none, train",
+        ),
+        ({"reference": COPY | {"load_in_8bit": True}}, "cannot move", "Remove reference.load_in_8bit"),
     ],
 )
-def test_what_cannot_follow(settings: dict[str, Any], why: str) -> None:
-    with pytest.raises(PlanError, match=why) as caught:
+def test_what_cannot_follow(settings: dict[str, Any], why: str, instead: str) -> None:
+    with pytest.raises(PlanError, match=rf"{why}.*{instead}") as caught:
         plan(**settings)
     assert_names_key_and_remedy(str(caught.value))
 
