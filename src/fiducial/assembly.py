@@ -9,11 +9,13 @@ from transformers.trainer_callback import PrinterCallback
 from fiducial.moving_run import Moving, let_it_move
 from fiducial.prepare import Policy, ProvedReference, Run, build_objective, is_first_process
 from fiducial.record_keeping import RecordKeeper, answers, record_of
+from fiducial.reference.kept import Kept
 from fiducial.reference.moving import state_digest
 from fiducial.reference.sources import Reference
 from fiducial.run_record import Answers
 from fiducial.training.arguments import setting_callbacks
 from fiducial.training.callbacks import LastEvaluation, MetricsFile
+from fiducial.training.kept_records import KeptRecords
 from fiducial.training.reference_sync import ReferenceSync
 from fiducial.training.step_clock import StepClock, TimedReference
 from fiducial.training.trainer import PreferenceTrainer, TrainingData
@@ -58,6 +60,8 @@ def assemble(
     trainer = _build_trainer(run, policy, replace(asked, reference=timed), args)
     if moving is not None:
         moving.join(trainer, resume)
+    if isinstance(asked.reference, Kept):
+        trainer.add_callback(KeptRecords(asked.reference))
     keeper = _record_keeper(run, policy, judged, trainer, None if moving is None else moving.sync)
     assembled = Assembled(trainer, asked.reference, StepClock(timed), moving, keeper)
     trainer.add_callback(keeper)

@@ -12,9 +12,11 @@ from safetensors.torch import load_file
 
 from fiducial.as_then import verify_finished
 from fiducial.finished import from_folder
+from fiducial.reference.cache.inventory import Inventory
 from fiducial.reference.kept import Kept
 from fiducial.train import TrainResult, train
 from fiducial.training.callbacks import Interrupted, read_metrics_lines
+from fiducial.training.trainer import PreferenceTrainer
 from launching import two_processes
 from resuming import interrupt_after
 from run_configs import run_config
@@ -189,3 +191,20 @@ def test_what_is_stored_and_what_is_streamed_share_their_records(tmp_path: Path,
     run(tmp_path, "stored", num_epochs=1)
     run(tmp_path, "streamed", **STREAMED)
     assert asked == []
+
+
+def test_a_checkpoint_finds_on_disk_all_that_was_scored_before_it(
+    tmp_path: Path, reference_cache: Path, monkeypatch: pytest.MonkeyPatch, asked: list[int]
+) -> None:
+    written: list[int] = []
+    save = PreferenceTrainer._save_callbacks_files
+
+    def saved(self: PreferenceTrainer, trial: Any) -> None:
+        [reference] = Inventory(str(reference_cache)).references()
+        written.append(reference.records - sum(asked))
+        save(self, trial)
+
+    monkeypatch.setattr(PreferenceTrainer, "_save_callbacks_files", saved)
+    run(tmp_path, "out", **STREAMED, save_steps=1)
+    assert written == [0] * 6
+    assert sum(asked) > 0

@@ -6,7 +6,7 @@ nothing where all have one. Records come from the same passes when a run is resu
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from fiducial.data.batch import PackedBatch
@@ -81,16 +81,23 @@ class Kept:
 
         A cache that cannot be written costs later runs the records, and not this one its training.
         """
+        self._or_keep_no_more(self.store.flush, self.store.reload)
+        self._written = time.monotonic()
+
+    def flush(self) -> None:
+        """Write what is new, as `write` does, and look at nothing else: what is read stays as it is."""
+        self._or_keep_no_more(self.store.flush)
+
+    def _or_keep_no_more(self, *ways: Callable[[], object]) -> None:
         if self._writable:
             try:
-                self.store.flush()
-                self.store.reload()
+                for way in ways:
+                    way()
             except CacheError as error:
                 self._writable = False
                 self._tell(f"{error} The run goes on and keeps no more of them.")
         if not self._writable:
             self.store.forget_unwritten()
-        self._written = time.monotonic()
 
     def _wanted(self, batch: PackedBatch) -> list[TokenizedGroup]:
         return [lacking for group in batch.groups if (lacking := self.store.missing(group)) is not None]

@@ -32,6 +32,15 @@ class KeepsFiles(Protocol):
         ...
 
 
+@runtime_checkable
+class WritesFirst(Protocol):
+    """A callback with something beside the checkpoints that a resumed run counts on."""
+
+    def before_checkpoint(self) -> None:
+        """Write it, in every process."""
+        ...
+
+
 class RunningMetrics(TrainerCallback, ExportableState):
     """Metrics since the last log, and the token budget: both kept in checkpoints."""
 

@@ -31,7 +31,13 @@ from fiducial.agreement import all_or_none
 from fiducial.data.micro_batches import Load
 from fiducial.data.tokenize import TokenizedGroup
 from fiducial.training.adapter_trainer import AdapterTrainer
-from fiducial.training.callbacks import KeepsFiles, LossMemory, RunningMetrics, restore_callbacks
+from fiducial.training.callbacks import (
+    KeepsFiles,
+    LossMemory,
+    RunningMetrics,
+    WritesFirst,
+    restore_callbacks,
+)
 from fiducial.training.dataloader import Process, StepSampler, step_dataloader
 from fiducial.training.evaluation import Evaluation
 from fiducial.training.failures import budget_too_large, group_does_not_fit, loss_not_finite
@@ -199,6 +205,9 @@ class PreferenceTrainer(AdapterTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with self.running.stopwatch.paused():
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, WritesFirst):
+                    callback.before_checkpoint()
             if (
                 self.is_world_process_zero()
             ):  # first: transformers' own files end with the one that says "complete"
