@@ -19,8 +19,14 @@ _ACTS_BY = (
 
 
 def require_same_settings(model: PeftModel, folder: Path) -> None:
-    """Raise `ModelError` where the adapter in `folder` acts otherwise than its tensors would in `model`."""
-    saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    """Raise `ModelError` where the adapter in `folder` acts otherwise than its tensors would in `model`.
+
+    A checkpoint of shards alone does not say how its adapter acts.
+    """
+    config = folder / "adapter_config.json"
+    if not config.is_file():
+        return
+    saved = json.loads(config.read_text(encoding="utf-8"))
     held = _plain(model.peft_config[POLICY_ADAPTER].to_dict())
     changed = [
         f"{_key(name)}: {saved[name]} there, {held[name]} in this run"
