@@ -33,8 +33,10 @@ def read_config(checkpoint: Checkpoint, cfg: ModelConfig, overrides: dict[str, A
     """The checkpoint's config with `overrides` merged in and every dropout and noise of training at 0.
 
     Raises:
-        ModelError: It cannot be read, or an override names a field it does not have or contradicts another.
+        ModelError: It cannot be read, or an override names a field it does not have, contradicts another, or
+            has no effect.
     """
+    _require_effect(overrides)
     try:
         config, unknown = AutoConfig.from_pretrained(
             checkpoint.path,
@@ -114,6 +116,14 @@ def attention_to_load(config: PreTrainedConfig, cfg: ModelConfig) -> str | None:
 def is_soft_capped(config: PreTrainedConfig) -> bool:
     """Whether scores are capped, which sdpa leaves out: transformers up to 5.20 chose it all the same."""
     return getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+
+
+def _require_effect(overrides: dict[str, Any]) -> None:
+    if overrides.get("output_router_logits"):
+        raise ModelError(
+            "overrides_of_model_config: output_router_logits: nothing is done with them. The loss that "
+            "balances a router's experts is not in this version; remove the field."
+        )
 
 
 def _silence_dropout(config: PreTrainedConfig) -> None:

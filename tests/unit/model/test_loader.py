@@ -176,6 +176,13 @@ def test_overrides_that_could_not_be_saved_are_refused_before_training(tmp_path:
         load(run(base, config_overrides={"num_hidden_layers": 1}))
 
 
+def test_router_logits_that_no_loss_reads_are_refused(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, "mixtral", num_key_value_heads=2)
+    with pytest.raises(ModelError, match="output_router_logits: nothing is done with them"):
+        load(run(tmp_path, config_overrides={"output_router_logits": True}))
+    load(run(tmp_path, config_overrides={"output_router_logits": False}))
+
+
 def test_unfrozen_parameters_freeze_the_rest(base: Path) -> None:
     policy = load(run(base, unfrozen_parameters=(r"model\.layers\.1\.", "lm_head")))
     trained = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
