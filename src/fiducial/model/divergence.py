@@ -16,7 +16,7 @@ from torch import Tensor
 from fiducial.errors import ModelError
 from fiducial.model.head import chunk_rows
 from fiducial.model.logit_rule import PLAIN, LogitRule
-from fiducial.model.products import add_product, product, write_product
+from fiducial.model.products import add_product, unrounded_product, write_product
 
 Logits = Float[Tensor, "scored chunk"]
 PerToken = Float[Tensor, " scored"]
@@ -44,7 +44,7 @@ class Distribution:
         wide = torch.promote_types(self.hidden.dtype, torch.float32)
         if self.weight is None:
             return self.hidden[:, start:stop].to(wide)
-        products = product(self.hidden, self.weight[start:stop].to(self.hidden.dtype).T).to(wide)
+        products = unrounded_product(self.hidden, self.weight[start:stop].to(self.hidden.dtype).T).to(wide)
         if self.bias is not None:
             products = products + self.bias[start:stop].to(wide)
         return self.rule(products)

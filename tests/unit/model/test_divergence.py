@@ -11,7 +11,7 @@ from fiducial.data.batch import Layout
 from fiducial.data.tokenize import TokenizedGroup
 from fiducial.errors import ModelError
 from fiducial.logps import KL
-from fiducial.model import divergence
+from fiducial.model import divergence, head
 from fiducial.model.divergence import Distribution, token_kl
 from fiducial.model.logit_rule import LogitRule
 from fiducial.model.scoring import Scorer
@@ -87,6 +87,15 @@ def test_no_gradient_reaches_the_reference_and_itself_is_at_no_distance() -> Non
     kl = token_kl(of(LogitRule(), *given), of(LogitRule(), *given))
     assert kl.abs().max() < 1e-12
     assert all(g.abs().max() < 1e-12 for g in torch.autograd.grad((kl * WEIGHTS).sum(), given))
+
+
+def test_a_gpus_logits_are_those_that_its_head_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (head, divergence):
+        monkeypatch.setattr(module, "unrounded_product", lambda left, right: left.float() @ right.float())
+    hidden, weight, _ = (tensor.bfloat16() for tensor in tensors(bias=True))
+    targets = torch.arange(SCORED)
+    whole = Distribution(hidden, weight).logits(0, VOCAB).log_softmax(1)
+    torch.testing.assert_close(head.token_logps(hidden, weight, targets), whole[targets, targets])
 
 
 def test_refuses_another_vocabulary() -> None:
