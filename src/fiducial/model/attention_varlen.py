@@ -19,6 +19,9 @@ from fiducial.model.attention_blocks import Key, Query, ScoreRule, Value
 from fiducial.model.attention_plan import VariableLengthIndex
 
 _MAX_HEAD_DIM = 256
+_AMPERE = (8, 0)
+_SMALL_SHARED_MEMORY = {(8, 6), (8, 7), (8, 8), (8, 9), (12, 0), (12, 1)}
+"""Compute capabilities on which flash attention has no backward for some widths."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +58,17 @@ def can_run(query: Query, value: Value, rule: ScoreRule, sinks: Tensor | None) -
     width = query.shape[2]
     same_width = width == value.shape[2] and width <= _MAX_HEAD_DIM and width % 8 == 0
     plain = rule.visibility.function is None and sinks is None
-    if not (value.is_cuda and half and same_width and plain):
+    if not (value.is_cuda and half and same_width and plain and has_kernel(value.device, width)):
         return False
     return rule.softcap is None or installed().flash_attn is not None
+
+
+@cache
+def has_kernel(device: torch.device, width: int) -> bool:
+    """Whether flash attention of heads of `width` goes both ways on `device`, by torch's sdp_utils.cpp."""
+    capability = torch.cuda.get_device_capability(device)
+    trains = not (192 < width <= 224 and capability in _SMALL_SHARED_MEMORY)
+    return capability >= _AMPERE and trains
 
 
 def variable_length_attention(

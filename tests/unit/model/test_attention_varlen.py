@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fiducial.data.batch import Segment, pack
 from fiducial.model.attention_blocks import ScoreRule, block_attention
 from fiducial.model.attention_plan import AttentionPlan, Visibility, _variable_length, plan_attention
-from fiducial.model.attention_varlen import Kernels, can_run, variable_length_attention
+from fiducial.model.attention_varlen import Kernels, can_run, has_kernel, variable_length_attention
 from tiny import random_groups
 
 CPU = torch.device("cpu")
@@ -289,3 +290,25 @@ def test_the_naive_kernel_is_strict(change: Callable[..., tuple[Any, ...]]) -> N
 def test_no_kernel_runs_on_a_cpu() -> None:
     query, _, value = heads(3, torch.bfloat16, 2)
     assert not can_run(query, value, ScoreRule(SCALE, Visibility()), None)
+
+
+@pytest.mark.parametrize(
+    ("capability", "width", "runs"),
+    [
+        ((7, 5), 64, False),  # T4: float16 alone, and no flash attention
+        ((8, 0), 208, True),
+        ((8, 9), 208, False),
+        ((8, 9), 256, True),
+        ((9, 0), 208, True),
+        ((12, 0), 224, False),
+    ],
+)
+def test_a_gpu_without_such_a_kernel_computes_by_blocks(
+    capability: tuple[int, int], width: int, runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    has_kernel.cache_clear()
+    with FakeTensorMode():
+        heads = torch.empty(2, 3, width, dtype=torch.float16, device="cuda:0")
+        assert can_run(heads, heads, ScoreRule(SCALE, Visibility()), None) is runs
+    has_kernel.cache_clear()
