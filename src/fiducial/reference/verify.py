@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fiducial.data.batch import PackedBatch
 from fiducial.errors import ModelError, PlanError, TrainingError
 from fiducial.model.adapters import POLICY_ADAPTER, base_name
-from fiducial.model.mode import training_without_dropout
+from fiducial.model.mode import evaluating, training_without_dropout
 from fiducial.model.randomness import draws_numbers
 from fiducial.model.redirection import causal_lm
 from fiducial.model.scoring import Scorer
@@ -133,16 +133,22 @@ def prove_reference(
 
 
 def require_steady(policy: Scorer, groups: Groups) -> None:
-    """Make sure that training passes draw nothing at random, but for the adapter's own dropout.
+    """Make sure that nothing of training passes is random, but for the adapter's own dropout.
 
     What is proved, and every reference, is in eval mode.
 
     Raises:
         ModelError: the model samples, or adds noise, in training.
     """
-    with torch.no_grad(), training_without_dropout(policy.model):
-        drawn = draws_numbers(lambda: policy(policy.pack(groups[:1])), policy.device)
-    if drawn:
+    batch = policy.pack(groups[:1])
+    answers: list[Tensor] = []
+    with torch.no_grad():
+        with training_without_dropout(policy.model):
+            drawn = draws_numbers(lambda: answers.append(policy(batch).values), policy.device)
+        with evaluating(policy.model):
+            answers.append(policy(batch).values)
+    # Some kernels take numbers that they have no use for.
+    if drawn and not torch.equal(*answers):
         raise ModelError(
             f"base_model: {type(causal_lm(policy.model)).__name__} draws random numbers in training (experts "
             "that are sampled, or noise), and its reference does not: each pass would be another policy's. "

@@ -212,6 +212,12 @@ def test_a_policy_that_samples_in_training_is_refused() -> None:
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_a_number_that_is_drawn_for_nothing_is_no_noise() -> None:
+    policy = adapted()
+    policy.model.register_forward_pre_hook(lambda *_: torch.rand(1) and None)
+    require_steady(policy, GROUPS)
+
+
 def test_a_different_checkpoint_on_purpose_is_only_measured() -> None:
     policy, reference = other_weights()
     assert prove_reference(policy, reference, GROUPS, expected_equal=False).max_difference > 0.1
