@@ -29,6 +29,15 @@ def loss_not_finite(
     )
 
 
+def gradient_not_finite(*, step: int) -> TrainingError:
+    """The loss is a number, and what it asks of the weights is none."""
+    return TrainingError(
+        f"The gradient is not a number at step {step}, though the loss is one: something overflows in "
+        "backward. The weights were not updated and earlier checkpoints are good. Try bf16: false, which "
+        "computes in float32, or a lower learning_rate from an earlier checkpoint."
+    )
+
+
 def group_does_not_fit(tokens: int, *, step: int) -> TrainingError:
     """There is nothing left to cut."""
     return TrainingError(

@@ -13,6 +13,7 @@ It knows no loss, no kind of reference and no data format; it is handed finished
 
 import copy
 import logging
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -40,7 +41,12 @@ from fiducial.training.callbacks import (
 )
 from fiducial.training.dataloader import Process, StepSampler, step_dataloader
 from fiducial.training.evaluation import Evaluation
-from fiducial.training.failures import budget_too_large, group_does_not_fit, loss_not_finite
+from fiducial.training.failures import (
+    budget_too_large,
+    gradient_not_finite,
+    group_does_not_fit,
+    loss_not_finite,
+)
 from fiducial.training.metrics import MetricSums
 from fiducial.training.objective import Objective, Scored, Step
 from fiducial.training.passes import Passes, cut_step, floating_point_ops
@@ -197,6 +203,18 @@ class PreferenceTrainer(AdapterTrainer):
     def floating_point_ops(self, inputs: Any) -> int:
         """Of one step's products with weights."""
         return floating_point_ops(inputs, self.objective)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm of the whole gradient, before it is clipped, known to be a number.
+
+        Raises:
+            TrainingError: it is none (in any process), and the update would make all weights such.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]  # as transformers has it
+        # The scaler of float16 passes over such a step, and takes a smaller scale.
+        if not (self.args.fp16 or math.isfinite(norm.item() if isinstance(norm, Tensor) else norm)):
+            raise gradient_not_finite(step=self.state.global_step + 1)
+        return norm
 
     def _load_best_model(self) -> None:
         """The weights of the best checkpoint, and with them what the loss carried then."""

@@ -239,6 +239,20 @@ class NotANumber:
         return logps
 
 
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_a_number_changes_no_weight(
+    tmp_path: Path, wrong: float, max_grad_norm: float
+) -> None:
+    model = tiny_model()
+    trainer = build_trainer(tmp_path, model=model, max_steps=3, max_grad_norm=max_grad_norm)
+    factors = iter([1.0, wrong])
+    model.model.layers[0].mlp.down_proj.weight.register_hook(lambda gradient: gradient * next(factors))
+    with pytest.raises(TrainingError, match="gradient is not a number at step 2, though the loss is one"):
+        trainer.train()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
 def test_a_loss_that_is_not_a_number_names_step_and_rows(tmp_path: Path) -> None:
     groups = random_groups(8)
     model = tiny_model()
