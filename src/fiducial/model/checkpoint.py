@@ -121,7 +121,7 @@ def is_soft_capped(config: PreTrainedConfig) -> bool:
 def _require_effect(overrides: dict[str, Any]) -> None:
     if overrides.get("output_router_logits"):
         raise ModelError(
-            "overrides_of_model_config: output_router_logits: nothing is done with them. The loss that "
+            "model_config: output_router_logits: nothing is done with them. The loss that "
             "balances a router's experts is not in this version; remove the field."
         )
 
