@@ -69,6 +69,8 @@ def method(settings: Settings) -> Outcomes:
         return
     losses = yield from _losses(name, settings)
     fields = yield from _fields(name, losses, settings)
+    if all(_is_zero(fields.get(side)) for side in ("desirable_weight", "undesirable_weight")):
+        yield Refuse("kto_undesirable_weight", "with kto_desirable_weight: 0 nothing is learned; raise one")
     weights = settings.get("dpo_loss_weights")
     if len(losses) == 1:
         if weights == [1.0]:
@@ -234,6 +236,10 @@ def _betas(settings: Settings) -> list[tuple[Key, Any]]:
 
 def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
+
+
+def _is_zero(given: tuple[Any, Key] | None) -> bool:
+    return given is not None and _number(given[0]) == 0
 
 
 def _number(value: Any) -> Any:

@@ -69,6 +69,11 @@ QLORA = {"adapter": "qlora", "load_in_4bit": True}
         ),
         ({"peft_use_dora": True}, "has no effect without adapter", {"peft_use_dora": False}),
         (
+            {"rl": "kto", "kto_desirable_weight": 0, "kto_undesirable_weight": "0.0"},
+            "kto_undesirable_weight: 0.0 — with kto_desirable_weight: 0 nothing is learned",
+            {"rl": "kto", "kto_desirable_weight": 0},
+        ),
+        (
             {"lora_model_dir": "a"},
             "lora_model_dir: a — has no effect without adapter",
             LORA | {"lora_model_dir": "a"},
