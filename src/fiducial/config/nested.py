@@ -2,10 +2,11 @@
 
 import difflib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from fiducial.config.document import KeyPath
-from fiducial.config.outcomes import Note, Outcomes, Refuse, Settings
+from fiducial.config.outcomes import Note, Outcome, Outcomes, Refuse, Settings
 from fiducial.config.schema import DatasetConfig, ReferenceConfig
 from fiducial.config.unsupported import Unsupported, drop, no, table
 
@@ -14,8 +15,9 @@ _ONE_TEMPLATE = "one template serves the whole run; write it at the top level"
 _EVERY_TOKEN = "preference losses score every completion token; remove it"
 _TOKENS = "write message_property_mappings: {role: ..., content: ...}"
 
+_TEMPLATE = ("chat_template", "chat_template_jinja")
 _DATASET = table(
-    ("chat_template chat_template_jinja", no(_ONE_TEMPLATE)),
+    (" ".join(_TEMPLATE), no(_ONE_TEMPLATE)),
     ("message_field_role message_field_content field_human field_model conversation", no(_TOKENS)),
     ("message_field_training message_field_training_detail", no(_EVERY_TOKEN)),
     ("roles_to_train train_on_eos train_on_eot", no(_EVERY_TOKEN)),
@@ -105,9 +107,18 @@ def check_inside(settings: Settings) -> Outcomes:
     for outer in ("datasets", "test_datasets"):
         items = settings.get(outer)
         for index, item in enumerate(items if isinstance(items, list) else []):
-            yield from _check(item, (outer, index), outer)
+            yield from map(partial(_leave_out_repeated, settings), _check(item, (outer, index), outer))
             kind = item.get("type") if isinstance(item, dict) else None
             yield from _check(kind, (outer, index, "type"), "datasets.type")
+
+
+def _leave_out_repeated(settings: Settings, outcome: Outcome) -> Outcome:
+    """A note in place of the error for a dataset's template that is the run's own."""
+    match outcome:
+        case Refuse((str(outer), int(index), str(key)), why) if key in _TEMPLATE:
+            if settings[outer][index][key] == settings.get(key):
+                return Note((outer, index, key), why)
+    return outcome
 
 
 def _check(value: Any, path: KeyPath, outer: str) -> Outcomes:

@@ -291,6 +291,14 @@ def test_harmless_keys_inside_a_key_are_left_out() -> None:
     assert validate_config(harmless) == validate_config(settings)
 
 
+def test_a_datasets_template_that_is_the_runs_own_is_left_out() -> None:
+    run = {"base_model": "m", "rl": "dpo", "chat_template": "llama3", "datasets": [{"path": "a"}]}
+    repeated = run | {"datasets": [{"path": "a", "chat_template": "llama3"}]}
+    assert validate_config(repeated) == validate_config(run)
+    with pytest.raises(ConfigError, match="one template serves the whole run"):
+        validate_config(repeated | {"chat_template": "gemma"})
+
+
 def test_every_nested_key_of_a_section_is_one_of_its_fields() -> None:
     reference = {
         key.removeprefix("reference.") for key in nested.nested_keys() if key.startswith("reference.")
