@@ -102,6 +102,8 @@ _OWN = {
     "lora_dropout": "dropout",
     "peft_use_dora": "use_dora",
     "peft_use_rslora": "use_rslora",
+    "peft_init_lora_weights": "init_lora_weights",
+    "peft_bias": "bias",
 }
 """Keys of a new adapter, of which a resumed one has its own."""
 

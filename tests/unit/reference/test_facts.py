@@ -330,6 +330,8 @@ def test_a_folder_that_is_no_adapter_is_explained(base: Path, tmp_path: Path) ->
         ({"r": 99}, "lora_r: 99 has no effect: lora_model_dir goes on with the adapter in .*, with 4"),
         ({"dropout": 0.1}, "lora_dropout: 0.1 has no effect"),
         ({"use_dora": True}, "peft_use_dora: True has no effect"),
+        ({"init_lora_weights": "pissa"}, "peft_init_lora_weights: pissa has no effect"),
+        ({"bias": "all"}, "peft_bias: all has no effect"),
     ],
 )
 def test_a_resumed_adapter_has_settings_of_its_own(
