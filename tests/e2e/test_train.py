@@ -164,6 +164,7 @@ def test_it_learns_and_leaves_everything_behind(tmp_path: Path) -> None:
         "README.md",
     } <= left
     assert not any(name.endswith((".bin", ".pt", ".tmp")) for name in left)
+    assert json.loads((result.output_dir / "config.json").read_text())["use_cache"] is True, "as its base's"
     record = json.loads((result.output_dir / "plan.json").read_text())
     assert record["reference"]["source"] == "initial_policy"
     assert record["memory"]["peak_bytes"] > 0

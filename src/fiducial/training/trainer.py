@@ -14,8 +14,8 @@ It knows no loss, no kind of reference and no data format; it is handed finished
 import copy
 import logging
 import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
 from fiducial.agreement import all_or_none
@@ -100,14 +106,15 @@ class PreferenceTrainer(AdapterTrainer):
         self.objective = objective
         self.shuffle = data.shuffle
         self.running = RunningMetrics(args.device, micro_batch_tokens)
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=data.train,
-            eval_dataset=data.evaluation,
-            processing_class=tokenizer,
-            callbacks=[self.running, LossMemory(objective), *callbacks],
-        )
+        with _own_use_cache(model.config):
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=data.train,
+                eval_dataset=data.evaluation,
+                processing_class=tokenizer,
+                callbacks=[self.running, LossMemory(objective), *callbacks],
+            )
 
     def train(
         self,
@@ -319,6 +326,17 @@ def _whole_steps(args: TrainingArguments) -> TrainingArguments:
     whole.per_device_train_batch_size *= args.gradient_accumulation_steps
     whole.gradient_accumulation_steps = 1
     return whole
+
+
+@contextmanager
+def _own_use_cache(config: PreTrainedConfig) -> Iterator[None]:
+    """Keep what the checkpoint says: transformers writes its own, which would be saved with the model."""
+    own = vars(config).get("use_cache")
+    yield
+    if own is None:
+        vars(config).pop("use_cache", None)
+    else:
+        config.use_cache = own
 
 
 def _count(sums: MetricSums, scored: Scored, groups: Groups) -> None:
