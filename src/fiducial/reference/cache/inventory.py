@@ -4,13 +4,16 @@ Imports no torch.
 """
 
 import json
+import shutil
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
 
 from fiducial.reference.cache.filesystems import explained, open_location
 from fiducial.reference.cache.names import ShardName, checksum
@@ -87,8 +90,12 @@ class Inventory:
 
     def remove(self, reference: CachedReference) -> None:
         """Delete a reference's records. A run that uses them keeps what it has open, and scores the rest."""
+        folder = f"{self._root}/{reference.identity}"
         with explained(self.shown, "written"):
-            self._fs.rm(f"{self._root}/{reference.identity}", recursive=True)
+            if isinstance(self._fs, LocalFileSystem):
+                _remove_at_once(Path(folder))
+            else:
+                self._fs.rm(folder, recursive=True)
 
     def sweep(self, reference: CachedReference) -> int:
         """Delete what was set aside or never finished; says how many files that were."""
@@ -127,6 +134,18 @@ class Inventory:
         except FileNotFoundError:  # of the folder, or of a file that has gone since the listing began
             return self._list(folder) if self._fs.exists(path) else []
         return found
+
+
+def _remove_at_once(folder: Path) -> None:
+    """Delete a folder that a run may write to meanwhile: it finds none, and makes a whole one anew."""
+    aside = folder.with_name(f"{folder.name}.removed")
+    if aside.exists():  # of a command that was killed
+        shutil.rmtree(aside)
+    try:
+        folder.rename(aside)
+    except FileNotFoundError:  # somebody else has removed it
+        return
+    shutil.rmtree(aside)
 
 
 def too_old(references: list[CachedReference], seconds: float) -> list[CachedReference]:

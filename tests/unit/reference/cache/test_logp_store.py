@@ -2,8 +2,10 @@
 
 import errno
 import json
+import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from fiducial.data.tokenize import TokenizedGroup
 from fiducial.errors import CacheError
 from fiducial.reference.cache import LogpStore
 from fiducial.reference.cache.folder import RecordFolder
+from fiducial.reference.cache.inventory import Inventory
 from fiducial.reference.cache.names import SUFFIX
 from fiducial.reference.identity import Fingerprint, Identity
 from tiny import random_groups
@@ -199,6 +202,28 @@ def test_a_folder_deleted_under_a_run_is_made_again(tmp_path: Path) -> None:
     shutil.rmtree(store.folder)
     store.reload()
     assert store.missing(GROUPS[3]) is None
+
+
+def test_a_run_that_writes_while_its_records_are_removed_is_left_with_a_whole_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(tmp_path)
+    fill(store, GROUPS[:2])
+    inventory = Inventory(str(tmp_path))
+    [found] = inventory.references()
+    remove, writes = os.rmdir, [GROUPS[2:]]
+
+    def rmdir(*where: Any, **options: Any) -> None:
+        if writes:
+            fill(store, writes.pop())
+        remove(*where, **options)
+
+    monkeypatch.setattr(os, "rmdir", rmdir)
+    inventory.remove(found)
+    [left] = inventory.references()
+    assert (left.records, left.checkpoint) == (4, "base")
+    assert inventory.verify(left) == []
+    assert [path.name for path in tmp_path.iterdir()] == [IDENTITY.digest]
 
 
 def test_two_stores_on_one_folder_see_each_other_after_a_reload(tmp_path: Path) -> None:
