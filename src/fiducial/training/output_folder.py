@@ -52,7 +52,7 @@ def require_room(cfg: RunConfig, facts: Facts, *, resuming: bool) -> None:
     folder, saves = Path(cfg.output.output_dir), cfg.output.save_strategy != "no" and not resuming
     needed = _saved_bytes(cfg, facts) * (2 if saves else 1)
     disk = shutil.disk_usage(folder)
-    there = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    there = sum(path.stat().st_size for path in folder.rglob("*.safetensors") if path.is_file())
     if needed <= disk.free + there or disk.total == 0:  # some network disks do not tell
         return
     what = "the trained model and a checkpoint of it take" if saves else "the trained model takes"

@@ -76,9 +76,10 @@ def test_what_is_trained_must_fit_on_the_disk(
         train(settings)
     leave(needed, monkeypatch)
     train(settings)
-    (weights,) = (tmp_path / "out").glob("*.safetensors")
+    (weights,) = (tmp_path / "out").glob("*model.safetensors")
     assert needed <= weights.stat().st_size < needed + 16_384
     leave(0, monkeypatch)
+    (tmp_path / "out" / "gone.safetensors").symlink_to(tmp_path / "nowhere")
     require_room(cfg, facts, resuming=False)  # over the run before
     with pytest.raises(ConfigError, match=r"a checkpoint of it take .*save no checkpoints"):
         require_room(saving, facts, resuming=False)
