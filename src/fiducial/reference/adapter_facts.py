@@ -19,6 +19,7 @@ _PREFIX = "base_model.model."
 DRAWN_INIT = "pissa_niter"
 """How the name of a start begins that PEFT draws anew, and otherwise, whenever the adapter is loaded."""
 _HEADS = ("lm_head", "embed_out")
+_ALL_LINEAR = "all-linear"
 _FACTORS = ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B"))
 
 
@@ -37,6 +38,8 @@ class AdapterFacts:
     bias: str = "none"
     use_dora: bool = False
     use_rslora: bool = False
+    target_modules: tuple[str, ...] = ()
+    """Names, or one regular expression."""
     modules_to_save: tuple[str, ...] = ()
     target_parameters: tuple[str, ...] = ()
     layer_replication: tuple[tuple[int, int], ...] = ()
@@ -88,6 +91,7 @@ def read_adapter_facts(location: str, key: str = "lora_model_dir", *, allow_pick
         bias=config.get("bias") or "none",
         use_dora=bool(config.get("use_dora")),
         use_rslora=bool(config.get("use_rslora")),
+        target_modules=_names(config, "target_modules"),
         modules_to_save=_names(config, "modules_to_save"),
         target_parameters=_names(config, "target_parameters"),
         layer_replication=tuple((first, stop) for first, stop in config.get("layer_replication") or ()),
@@ -104,6 +108,9 @@ _OWN = {
     "peft_use_rslora": "use_rslora",
     "peft_init_lora_weights": "init_lora_weights",
     "peft_bias": "bias",
+    "lora_target_modules": "target_modules",
+    "lora_target_parameters": "target_parameters",
+    "lora_modules_to_save": "modules_to_save",
 }
 """Keys of a new adapter, of which a resumed one has its own."""
 
@@ -118,11 +125,21 @@ def check_own_settings(adapter: AdapterFacts, cfg: AdapterConfig) -> None:
     """
     for key, name in _OWN.items():
         asked, own = getattr(cfg, name), getattr(adapter, name)
-        if asked not in (own, AdapterConfig.model_fields[name].default) and own is not None:
-            raise ModelError(
-                f"{key}: {asked} has no effect: lora_model_dir goes on with the adapter in "
-                f"{adapter.location} as it is, with {own}. Write that, or remove {key}."
-            )
+        if asked == AdapterConfig.model_fields[name].default or own is None or _plain(asked) == _plain(own):
+            continue
+        if name == "target_modules" and (cfg.target_linear or _ALL_LINEAR in _plain(asked)):
+            continue  # the adapter has the names that this stood for
+        raise ModelError(
+            f"{key}: {_plain(asked)} has no effect: lora_model_dir goes on with the adapter in "
+            f"{adapter.location} as it is, with {_plain(own) or 'none'}. Write that, or remove {key}."
+        )
+
+
+def _plain(setting: Any) -> Any:
+    """A setting as YAML has it; of several names the order means nothing."""
+    if not isinstance(setting, tuple):
+        return setting
+    return setting[0] if len(setting) == 1 else sorted(setting)
 
 
 def check_adapter_fits(

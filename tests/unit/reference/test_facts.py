@@ -332,6 +332,8 @@ def test_a_folder_that_is_no_adapter_is_explained(base: Path, tmp_path: Path) ->
         ({"use_dora": True}, "peft_use_dora: True has no effect"),
         ({"init_lora_weights": "pissa"}, "peft_init_lora_weights: pissa has no effect"),
         ({"bias": "all"}, "peft_bias: all has no effect"),
+        ({"target_modules": ("q_proj",)}, "lora_target_modules: q_proj has no effect"),
+        ({"modules_to_save": ("lm_head",)}, "lora_modules_to_save: lm_head has no effect.*, with none"),
     ],
 )
 def test_a_resumed_adapter_has_settings_of_its_own(
@@ -346,4 +348,6 @@ def test_a_resumed_adapter_has_settings_of_its_own(
 
     with pytest.raises(ModelError, match=says):
         resumed(**settings)
-    resumed(r=4, dropout=0.5)
+    resumed(r=4, dropout=0.5, target_modules=("v_proj", "q_proj"))
+    resumed(target_modules="all-linear")
+    resumed(target_modules=("q_proj",), target_linear=True)
