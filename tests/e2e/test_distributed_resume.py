@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fiducial.run_report import PLAN_FILE
 from fiducial.train import train
 from fiducial.training.callbacks import read_metrics_lines
+from fiducial.training.checkpoints import Launch, missing_from
 from launching import one_process, two_processes
 from run_configs import run_config
 from tiny import save_adapter, save_checkpoint
@@ -108,6 +109,13 @@ def test_stopped_and_resumed_is_uninterrupted(together: Path, kind: str) -> None
     ours, theirs = weights(resumed), weights(whole)
     assert set(ours) == set(theirs)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_checkpoint_says_how_many_processes_it_is_of(together: Path) -> None:
+    checkpoint = together / "replicated" / "broken" / "checkpoint-4"
+    assert missing_from(checkpoint, Launch(2)) == []
+    (checkpoint / "rng_state.pth").touch()
+    assert missing_from(checkpoint, Launch(1)) == ["states saved by 1 process(es) and has those of 2"]
 
 
 @pytest.mark.filterwarnings(

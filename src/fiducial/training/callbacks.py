@@ -18,7 +18,8 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import IntervalStrategy
 
 from fiducial.errors import ConfigError
-from fiducial.training.checkpoints import saved_callback_states
+from fiducial.reference.cache.processes import world
+from fiducial.training.checkpoints import NUM_PROCESSES, saved_callback_states
 from fiducial.training.metrics import MetricSums, Stopwatch, peak_memory
 from fiducial.training.objective import Objective
 
@@ -42,7 +43,7 @@ class WritesFirst(Protocol):
 
 
 class RunningMetrics(TrainerCallback, ExportableState):
-    """Metrics since the last log, and the token budget: both kept in checkpoints."""
+    """Metrics since the last log, the token budget, and how many processes there are: kept in checkpoints."""
 
     def __init__(self, device: torch.device, micro_batch_tokens: int) -> None:
         self.device = device
@@ -66,7 +67,8 @@ class RunningMetrics(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         attributes = {"totals": self.totals, "seconds": self.stopwatch.elapsed}
-        return {"args": {"micro_batch_tokens": self.micro_batch_tokens}, "attributes": attributes}
+        launched = {"micro_batch_tokens": self.micro_batch_tokens, NUM_PROCESSES: world()}
+        return {"args": launched, "attributes": attributes}
 
     @property
     def totals(self) -> dict[str, list[float]]:

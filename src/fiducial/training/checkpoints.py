@@ -25,6 +25,8 @@ _FULL_DISK_WORDS = (
     ". unexpected pos ",  # how torch finds out when it closes a zip file that was cut short
 )
 STATE_FILE = "trainer_state.json"
+NUM_PROCESSES = "num_processes"
+"""Under which name a callback keeps in `STATE_FILE` how many processes there were."""
 WHOLE_WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -71,15 +73,25 @@ def missing_from(checkpoint: Path, launch: Launch = Launch()) -> list[str]:
 
     A file that was cut short counts as missing: copying it was interrupted, or the power failed.
     """
-    states = (
-        ["rng_state.pth"]
-        if launch.num_processes == 1
-        else [f"rng_state_{rank}.pth" for rank in range(launch.num_processes)]
-    )
+    wanted, saved_by = launch.num_processes, _saved_by(checkpoint)
+    if saved_by not in (None, wanted):
+        return [f"states saved by {wanted} process(es) and has those of {saved_by}"]
+    states = ["rng_state.pth"] if wanted == 1 else [f"rng_state_{rank}.pth" for rank in range(wanted)]
     missing = [name for name in ("scheduler.pt", *states) if not _is_whole(checkpoint / name)]
     written = (name for name in _CONFIGS if (checkpoint / name).exists())
     missing += [name for name in (*written, STATE_FILE) if _read_json(checkpoint / name) is None]
     return missing + (_missing_weights(checkpoint, launch) or _missing_optimizer(checkpoint, launch))
+
+
+def _saved_by(checkpoint: Path) -> int | None:
+    """How many processes wrote `checkpoint`, or None where it does not say.
+
+    Its files do not tell: a folder may still hold the states of an earlier run's further processes.
+    """
+    for state in saved_callback_states(checkpoint).values():
+        if (number := state.get("args", {}).get(NUM_PROCESSES)) is not None:
+            return int(number)
+    return None
 
 
 def _missing_weights(checkpoint: Path, launch: Launch) -> list[str]:

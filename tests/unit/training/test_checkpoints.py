@@ -118,6 +118,18 @@ def test_another_number_of_processes_is_not_an_exact_resume(tmp_path: Path) -> N
         to_resume(str(path), auto=False, output_dir=tmp_path)
 
 
+def test_fewer_processes_do_not_go_on_from_the_states_of_more(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, 2, processes=3)
+    callbacks = {"RunningMetrics": {"args": {"num_processes": 3}}}
+    (path / "trainer_state.json").write_text(json.dumps({"stateful_callbacks": callbacks}))
+    with pytest.raises(ConfigError, match=r"saved by 2 process\(es\) and has those of 3"):
+        to_resume(None, auto=True, output_dir=tmp_path, launch=Launch(2))
+    assert last_complete(tmp_path, Launch(3)) == path
+    callbacks["RunningMetrics"]["args"]["num_processes"] = 2  # written over what three had left
+    (path / "trainer_state.json").write_text(json.dumps({"stateful_callbacks": callbacks}))
+    assert to_resume(None, auto=True, output_dir=tmp_path, launch=Launch(2)) == path
+
+
 @pytest.mark.parametrize("weights", ["pytorch_model_fsdp.bin", "pytorch_model_fsdp_0"])
 def test_only_a_sharded_run_resumes_from_shards(tmp_path: Path, weights: str) -> None:
     path = write_checkpoint(tmp_path, 2, processes=2)
