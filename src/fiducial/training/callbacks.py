@@ -206,7 +206,11 @@ _STOPPING = b"\nStopping after this step, with a checkpoint. Ctrl-C again stops 
 
 
 class Interruption(TrainerCallback):
-    """Ctrl-C or SIGTERM saves a checkpoint after the current step and stops; a second one acts at once."""
+    """Ctrl-C or SIGTERM saves a checkpoint after the current step and stops; Ctrl-C after that acts at once.
+
+    SIGTERM after SIGTERM is the same request: a cluster sends it to every process of a job, and the launcher,
+    which is one of them, sends it on to the others.
+    """
 
     def __init__(self) -> None:
         self.requested = False
@@ -232,13 +236,19 @@ class Interruption(TrainerCallback):
 
     def release(self) -> None:
         """Give the signals back to whoever had them."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous.clear()
+        self._give_back(*self._previous)
+
+    def _give_back(self, *numbers: int) -> None:
+        for number in numbers:
+            if number in self._previous:
+                signal.signal(number, self._previous.pop(number))
 
     def _request(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            return
         self.requested = True
-        self.release()
+        # After Ctrl-C SIGTERM is given back as well: a launcher that is sent Ctrl-C again sends that on.
+        self._give_back(signal.SIGINT, *([] if number == signal.SIGTERM else [signal.SIGTERM]))
         if os.environ.get("RANK", "0") == "0":
             # Not by `print`: the signal may have come while Python was writing, and cannot write in between.
             with suppress(OSError):  # nobody reads it
