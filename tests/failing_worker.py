@@ -1,6 +1,7 @@
 """`fiducial train RUN.YAML` in one of two processes; the second fails as the first argument says."""
 
 import os
+import signal
 import sys
 from typing import Any
 
@@ -60,6 +61,7 @@ FAILURES = {
     "copy": another_copy,
     "nan": lambda: in_second_step(not_a_number),
     "memory": lambda: in_second_step(out_of_memory),
+    "stopped": lambda: in_second_step(lambda _: os.kill(os.getpid(), signal.SIGTERM)),
     "none": lambda: None,
 }
 

@@ -274,7 +274,9 @@ def _reporting(debug: bool, *, interrupted: str = "") -> Iterator[None]:
         if debug:
             traceback.print_exc()
         code, message, remedy = _judge(error, interrupted)
-        _complain(message, remedy)
+        # With words of its own all processes were stopped together, and one of them says so.
+        together = isinstance(error, KeyboardInterrupt) and bool(str(error))
+        _complain(message, remedy, console=_console(stderr=True) if together else Console(stderr=True))
         raise typer.Exit(code) from None
 
 
@@ -300,8 +302,7 @@ def _kind(error: FiducialError) -> str:
     return {"Fiducial": "Error"}.get(name, f"{name} error")
 
 
-def _complain(message: str, remedy: str = "") -> None:
-    console = Console(stderr=True)
+def _complain(message: str, remedy: str, *, console: Console) -> None:
     console.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
     if remedy:
         console.print(remedy, markup=False, highlight=False, soft_wrap=True)

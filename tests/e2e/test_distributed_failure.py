@@ -53,3 +53,14 @@ def test_both_processes_end_with_the_failure_of_one(
         assert words in process.stderr
         assert "Internal error" not in process.stderr
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_both_processes_stop_with_a_checkpoint_and_one_says_so(tmp_path: Path) -> None:
+    run = tmp_path / "run.yaml"
+    config = run_config(tmp_path, rows=16, micro_batch_size=2, max_steps=3)
+    run.write_text(json.dumps(config), encoding="utf-8")
+    ended = two_alone(WORKER, "stopped", str(run), timeout=300)
+    assert [process.returncode for process in ended] == [130, 130], [process.stderr for process in ended]
+    assert [process.stderr.count("Stopped after step 2 of 3") for process in ended] == [1, 0]
+    assert (tmp_path / "out" / "checkpoint-2" / "trainer_state.json").is_file()
