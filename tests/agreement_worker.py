@@ -39,11 +39,12 @@ class FailsIn:
         return replace(logps, values=logps.values * torch.nan) if dist.get_rank() == self.rank else logps
 
 
-def score(folder: Path) -> None:
-    """A scoring pass that fails in process 1."""
+def score(folder: Path, *, failing: int | None) -> int:
+    """A scoring pass that fails in one process, if any; how many completions it scored."""
     scorer = Scorer(tiny_model(), layout="packed")
     store = LogpStore(folder, Identity("base", "0", "float32", "None"))
-    score_reference(random_groups(6), FailsIn(1, scorer), scorer, store, token_budget=40)
+    reference = InitialPolicy(scorer) if failing is None else FailsIn(failing, scorer)
+    return score_reference(random_groups(6), reference, scorer, store, token_budget=40)
 
 
 if __name__ == "__main__":
@@ -57,8 +58,9 @@ if __name__ == "__main__":
             ended[name] = None
         except (TrainingError, OSError, RuntimeError) as error:
             ended[name] = [type(error).__name__, str(error)]
+    ended["scored"] = score(Path(sys.argv[1], "good"), failing=None)
     try:
-        score(Path(sys.argv[1], "records"))
+        score(Path(sys.argv[1], "records"), failing=1)
     except TrainingError as error:
         ended["scoring"] = str(error)
     Path(sys.argv[1], f"{os.environ['RANK']}.json").write_text(json.dumps(ended), encoding="utf-8")

@@ -29,5 +29,6 @@ def test_every_process_ends_with_the_failure_of_one(tmp_path: Path) -> None:
     assert "No space left on device" in first["disk"][1]
     assert second["disk"] == ["OSError", "[Errno 28] No space left on device"]
     assert (first["both"][1], second["both"][1]) == ("first", "second")
+    assert first["scored"] == second["scored"] == 12
     assert "are not finite" in second["scoring"]
     assert first["scoring"] == f"process 1 failed: {second['scoring']}"

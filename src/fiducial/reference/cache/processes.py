@@ -34,6 +34,15 @@ def any_process(flag: bool, device: torch.device) -> bool:
     return bool(found.item())
 
 
+def in_all(number: int) -> int:
+    """The sum of every process's `number`."""
+    if not _distributed():
+        return number
+    numbers = [0] * world()
+    dist.all_gather_object(numbers, number)
+    return sum(numbers)
+
+
 def from_first(make: Callable[[], _T]) -> _T:
     """What the first process makes, in every process: they must not decide differently."""
     if not _distributed():

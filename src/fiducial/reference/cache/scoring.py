@@ -22,7 +22,7 @@ from fiducial.reference.cache.passes import (
     require_all,
     take,
 )
-from fiducial.reference.cache.processes import barrier, from_first, rank, world
+from fiducial.reference.cache.processes import barrier, from_first, in_all, rank, world
 from fiducial.reference.cache.shards import Logps
 from fiducial.reference.cache.store import LogpStore
 
@@ -50,7 +50,7 @@ def score_reference(
     progress: Progress | None = None,
     flush_every: float = FLUSH_SECONDS,
 ) -> int:
-    """Score every completion the store has no record of, and return how many that were.
+    """Score every completion the store has no record of, and return how many that were in all processes.
 
     Each process scores a share (all run equally many forward passes, which sharded models need) and
     afterwards sees every record. `progress(done, total)` counts groups. Written every `flush_every` seconds
@@ -79,7 +79,7 @@ def score_reference(
             require_all(groups, store)
     if rank() == 0 and unfinished is not None:
         unfinished.end()
-    return worker.scored
+    return in_all(worker.scored)
 
 
 def _plan(
