@@ -127,7 +127,13 @@ def test_conversations_written_as_text_are_pointed_out(write_down: Callable[[Any
             choose({}, row)
     with pytest.raises(DataError, match="'good' holds conversations written as text"):
         choose({"type": {"field_chosen": "good"}}, {"prompt": "Hi", "good": chosen, "rejected": rejected})
-    choose({}, {"prompt": "As JSON?", "chosen": '{"answer": 1}', "rejected": "[1]"})
+
+
+@pytest.mark.parametrize(
+    "answers", [('{"answer": 1}', "[1]"), ('{"value": 1}', '{"value": 2}'), ('{"from": "A", "to": "B"}',) * 2]
+)
+def test_answers_in_json_are_no_conversations(answers: tuple[str, str]) -> None:
+    choose({}, {"prompt": "As JSON?", "chosen": answers[0], "rejected": answers[1]})
 
 
 def test_a_column_that_is_named_and_not_there_is_pointed_out() -> None:

@@ -12,8 +12,9 @@ Kind = Literal["text", "texts", "message", "messages", "mixed", "empty", "other"
 ROLE_KEYS = ("role", "from")
 CONTENT_KEYS = ("content", "value")
 LABEL_COLUMNS = ("label", "kto_tag")
-_WRITTEN_CHAT = re.compile(rf"""\s*\[?\s*\{{\s*["']({"|".join((*ROLE_KEYS, *CONTENT_KEYS))})["']\s*:""")
-"""How the JSON text, or Python's, of a message or a list of them begins."""
+_ROLE, _CONTENT = (rf"""["']({"|".join(keys)})["']\s*:""" for keys in (ROLE_KEYS, CONTENT_KEYS))
+_WRITTEN_CHAT = re.compile(rf"""\s*\[?\s*\{{\s*({_ROLE}.*{_CONTENT}|{_CONTENT}.*{_ROLE})""", re.DOTALL)
+"""How the JSON text, or Python's, of a message or a list of them begins; one key alone may be an answer."""
 
 
 @dataclass(frozen=True, slots=True)
