@@ -100,7 +100,9 @@ def _is_empty(tokenizer: PreTrainedTokenizerBase) -> bool:
 def _take_template(tokenizer: PreTrainedTokenizerBase, cfg: RunConfig) -> None:
     template = choose_template(cfg.tokenizer, tokenizer)
     assert template is not None, "one is asked for"
-    if cfg.tokenizer.chat_template != "tokenizer_default":  # which may have others beside it, for tools
+    own = tokenizer.chat_template
+    beside = isinstance(own, dict) and own.get("default") == template.source  # others, for tools
+    if not beside:
         tokenizer.chat_template = template.source
 
 

@@ -78,6 +78,14 @@ def test_the_template_trained_with_is_saved(
     assert written in saved.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
 
 
+@pytest.mark.parametrize("name", ["tokenizer_default", "tokenizer_default_fallback_gemma"])
+def test_templates_beside_the_one_trained_with_stay(base: Path, name: str) -> None:
+    tokenizer = load_tokenizer(run(base))
+    tokenizer.chat_template = {"default": "{{ 'mine' }}", "tool_use": "{{ 'for tools' }}"}
+    tokenizer.save_pretrained(base)
+    assert load_tokenizer(run(base, chat_template=name)).chat_template == tokenizer.chat_template
+
+
 @pytest.mark.parametrize("content", [None, "{", '{"model": 3}'])
 def test_missing_and_damaged_files_are_named(base: Path, content: str | None) -> None:
     file = base / "tokenizer.json"
