@@ -14,7 +14,7 @@ from fiducial.reference.moving import state_digest
 from fiducial.reference.sources import Reference
 from fiducial.run_record import Answers
 from fiducial.training.arguments import setting_callbacks
-from fiducial.training.callbacks import LastEvaluation, MetricsFile
+from fiducial.training.callbacks import LastEvaluation, MetricsFile, SavableGeneration
 from fiducial.training.kept_records import KeptRecords
 from fiducial.training.reference_sync import ReferenceSync
 from fiducial.training.step_clock import StepClock, TimedReference
@@ -85,6 +85,7 @@ def _build_trainer(
             MetricsFile(Path(run.cfg.output.output_dir) / METRICS_FILE),
             *setting_callbacks(run.cfg),
             *([LastEvaluation()] if run.data.evaluation is not None else []),
+            *([SavableGeneration(policy.model, run.cfg.model.base_model)] if run.cfg.adapter is None else []),
         ],
     )
     trainer.remove_callback(PrinterCallback)

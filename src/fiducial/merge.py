@@ -15,6 +15,7 @@ from fiducial.errors import ConfigError, ModelError
 from fiducial.finished import FinishedRun, from_config
 from fiducial.model.adapters import merge_into_base
 from fiducial.model.checkpoint import read_config
+from fiducial.model.generation import make_savable
 from fiducial.model.loader import ModelLoader
 from fiducial.model.tokenizer import load_tokenizer
 from fiducial.offline import kept_to_cache
@@ -87,6 +88,7 @@ def _merge(cfg: RunConfig, output: Path | None) -> Path:
     policy, _ = ModelLoader(run, tokenizer).load()
     assert isinstance(policy, PeftModel)
     merged: Any = merge_into_base(policy, f"the adapter in {trained}")
+    make_savable(merged, cfg.model.base_model)
     try:
         merged.to(base.dtype or merged.dtype).save_pretrained(target)
         tokenizer.save_pretrained(target)

@@ -19,7 +19,6 @@ from fiducial import compat
 from fiducial.config.schema import ModelConfig
 from fiducial.errors import ModelError
 from fiducial.hub import lacks_hub, not_at_hand
-from fiducial.model.generation import make_savable
 from fiducial.reference.plan import Checkpoint
 
 logger = logging.getLogger("fiducial")
@@ -104,7 +103,6 @@ def load_weights(
         )
     _require_complete(checkpoint, info)
     assert isinstance(model, PreTrainedModel)
-    make_savable(model, checkpoint.path)
     return model
 
 

@@ -13,11 +13,12 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import distributed as dist
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import IntervalStrategy
 
 from fiducial.errors import ConfigError
+from fiducial.model.generation import make_savable
 from fiducial.reference.cache.processes import world
 from fiducial.training.checkpoints import NUM_PROCESSES, saved_callback_states
 from fiducial.training.metrics import MetricSums, Stopwatch, peak_memory
@@ -40,6 +41,19 @@ class WritesFirst(Protocol):
     def before_checkpoint(self) -> None:
         """Write it, in every process."""
         ...
+
+
+class SavableGeneration(TrainerCallback):
+    """Sees to it that generation settings can be saved, once the trainer has set their tokens."""
+
+    def __init__(self, model: PreTrainedModel, path: str) -> None:
+        self.model, self.path = model, path
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Before step 1: after the last one the model would be lost."""
+        make_savable(self.model, self.path)
 
 
 class RunningMetrics(TrainerCallback, ExportableState):

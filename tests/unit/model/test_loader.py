@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from fiducial.config.load import validate_config
 from fiducial.config.schema import RunConfig
@@ -146,28 +146,6 @@ def test_overrides_reach_the_config_and_unknown_ones_are_named(base: Path) -> No
     assert load(run(base, config_overrides={"rms_norm_eps": 0.5})).config.rms_norm_eps == 0.5
     with pytest.raises(ModelError, match=r"model_config: rms_norm_epz: .*no such field"):
         load(run(base, config_overrides={"rms_norm_epz": 0.5}))
-
-
-@pytest.mark.parametrize(
-    ("settings", "left"),
-    [
-        ({"temperature": 0.9, "top_p": 0.6, "top_k": 7}, {"temperature": None, "top_p": None, "top_k": None}),
-        ({"do_sample": True, "temperature": 0.9}, {"temperature": 0.9}),
-        ({"length_penalty": 2.0}, {"length_penalty": None}),
-        ({"num_beams": 2, "length_penalty": 2.0, "top_p": 0.6}, {"length_penalty": 2.0, "top_p": None}),
-    ],
-)
-def test_generation_settings_can_be_saved_after_training(
-    tmp_path: Path, settings: dict[str, Any], left: dict[str, Any]
-) -> None:
-    base = save_checkpoint(tmp_path / "base")
-    (base / "generation_config.json").write_text(json.dumps(settings))
-    model = load(run(base))
-    assert model.generation_config is not None
-    model.generation_config.pad_token_id = 1  # as the trainer aligns it with the tokenizer
-    model.save_pretrained(tmp_path / "saved")
-    saved = GenerationConfig.from_pretrained(tmp_path / "saved")
-    assert {name: getattr(saved, name) for name in left} == left
 
 
 def test_overrides_that_could_not_be_saved_are_refused_before_training(tmp_path: Path) -> None:
