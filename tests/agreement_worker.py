@@ -24,6 +24,7 @@ FAILURES = {
     "nobody": {},
     "user": {1: TrainingError("log-probs are not finite")},
     "disk": {1: OSError(errno.ENOSPC, "No space left on device")},
+    "memory": {1: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")},
     "both": {0: TrainingError("first"), 1: TrainingError("second")},
 }
 

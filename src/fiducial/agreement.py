@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import distributed as dist
 
 from fiducial.errors import FiducialError, TrainingError
@@ -16,7 +17,8 @@ def all_or_none() -> Iterator[None]:
     """Every process leaves this block, or none does: what fails in one is raised in all.
 
     A process that failed raises its own error. The others raise one of the same kind that names the process;
-    an error that is not the user's to mend becomes a `RuntimeError` there. All processes must reach the
+    memory that ran out is a `TrainingError` there, and an error that is not the user's to mend a
+    `RuntimeError`. All processes must reach the
     block, and nothing inside it may wait for another process.
     """
     failure: Exception | None = None
@@ -50,7 +52,7 @@ def _failures(own: Exception | None) -> list[Exception]:
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return []
     # The error itself may hold what cannot be sent; its kind and its words always can.
-    told = None if own is None else (type(own) if isinstance(own, FiducialError) else None, _words(own))
+    told = None if own is None else (_kind(own), _words(own))
     everyone: list[tuple[type[FiducialError] | None, str] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, told)
     return [
@@ -60,5 +62,14 @@ def _failures(own: Exception | None) -> list[Exception]:
     ]
 
 
+def _kind(error: Exception) -> type[FiducialError] | None:
+    """What the user can mend is told as that; None for all else."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return TrainingError
+    return type(error) if isinstance(error, FiducialError) else None
+
+
 def _words(error: Exception) -> str:
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory; what it printed says what to do."
     return str(error) if isinstance(error, FiducialError) else f"{type(error).__name__}: {error}"

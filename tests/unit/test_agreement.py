@@ -28,6 +28,11 @@ def test_every_process_ends_with_the_failure_of_one(tmp_path: Path) -> None:
     assert first["disk"][0] == "RuntimeError"
     assert "No space left on device" in first["disk"][1]
     assert second["disk"] == ["OSError", "[Errno 28] No space left on device"]
+    assert first["memory"] == [
+        "TrainingError",
+        "process 1 failed: out of memory; what it printed says what to do.",
+    ]
+    assert second["memory"] == ["OutOfMemoryError", "CUDA out of memory. Tried to allocate 1 GiB"]
     assert (first["both"][1], second["both"][1]) == ("first", "second")
     assert first["scored"] == second["scored"] == 12
     assert "are not finite" in second["scoring"]
