@@ -1,4 +1,4 @@
-"""Generation settings of the base beside the aligned model: all that transformers saves, and no lost model."""
+"""Generation settings of the base beside the aligned model: all that transformers saves, no lost model."""
 
 import json
 from pathlib import Path
