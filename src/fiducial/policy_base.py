@@ -41,7 +41,7 @@ def require_same_base(record: RunRecord, now: Mapping[str, Any]) -> None:
     if found:
         raise ModelError(
             f"{now['checkpoint']} is not the base this run's adapter was trained on: {'; '.join(found)}. Put "
-            "the old weights back (base_model, revision), or start the run anew in another output_dir."
+            "the old weights back (base_model, model_revision), or start the run anew in another output_dir."
         )
 
 

@@ -221,7 +221,7 @@ def require_same_reference(record: RunRecord, now: Mapping[str, Any]) -> tuple[s
 def _naming_keys(cfg: RunConfig) -> str:
     """The settings that say which weights the reference has."""
     given = cfg.reference.model_dump(include={"endpoint", "model", "revision", "adapter"}, exclude_none=True)
-    own = [] if cfg.reference.model is not None else ["base_model", "revision"]
+    own = [] if cfg.reference.model is not None else ["base_model", "model_revision"]
     if not given and cfg.adapter is not None and cfg.adapter.path is not None:
         own.append("lora_model_dir")
     return ", ".join([*own, *(f"reference.{key}" for key in given)])

@@ -119,7 +119,7 @@ def test_changed_weights_are_another_reference(
         done = fiducial_command(command, folder / "out")
         assert done.exit_code == 2
         assert "is not the reference this run was started with: 1 of " in done.output
-        assert "(base_model, revision, reference.adapter)" in done.output or kind == "offloaded"
+        assert "(base_model, model_revision, reference.adapter)" in done.output or kind == "offloaded"
 
 
 @pytest.mark.parametrize("kind", OF_FILES)
@@ -175,6 +175,7 @@ def test_an_adapter_on_another_base_is_found_where_the_reference_is_not_over_it(
         lambda: train(resumed, console=QUIET),
     ):
         with pytest.raises(
-            ModelError, match=r"not the base this run's adapter was trained on: 1 of .*q_proj"
+            ModelError,
+            match=r"not the base this run's adapter .*: 1 of .*q_proj.*\(base_model, model_revision\)",
         ):
             again()
