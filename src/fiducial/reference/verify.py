@@ -14,7 +14,7 @@ from fiducial.data.batch import PackedBatch
 from fiducial.errors import ModelError, PlanError, TrainingError
 from fiducial.model.adapters import POLICY_ADAPTER, base_name
 from fiducial.model.mode import evaluating, training_without_dropout
-from fiducial.model.randomness import draws_numbers
+from fiducial.model.randomness import Replay, draws_numbers
 from fiducial.model.redirection import causal_lm
 from fiducial.model.scoring import Scorer
 from fiducial.reference.log_ratio import LogRatios, spread
@@ -140,15 +140,19 @@ def require_steady(policy: Scorer, groups: Groups) -> None:
     Raises:
         ModelError: the model samples, or adds noise, in training.
     """
-    batch = policy.pack(groups[:1])
+    first = policy.pack(groups[:1])
+    with torch.no_grad(), training_without_dropout(policy.model):
+        if not draws_numbers(lambda: policy(first), policy.device):
+            return
+    batch = policy.pack(groups)  # experts are sampled where two are nearly equal: few tokens may have none
     answers: list[Tensor] = []
     with torch.no_grad():
-        with training_without_dropout(policy.model):
-            drawn = draws_numbers(lambda: answers.append(policy(batch).values), policy.device)
+        with training_without_dropout(policy.model), Replay.from_here(policy.device).again():
+            answers.append(policy(batch).values)
         with evaluating(policy.model):
             answers.append(policy(batch).values)
     # Some kernels take numbers that they have no use for.
-    if drawn and not torch.equal(*answers):
+    if not torch.equal(*answers):
         raise ModelError(
             f"base_model: {type(causal_lm(policy.model)).__name__} draws random numbers in training (experts "
             "that are sampled, or noise), and its reference does not: each pass would be another policy's. "
