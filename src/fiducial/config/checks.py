@@ -7,7 +7,7 @@ business: a check says nothing about a value it cannot compare.
 import re
 from typing import Any
 
-from fiducial.config.method_keys import why_no_reference
+from fiducial.config.method_keys import as_number, why_no_reference
 from fiducial.config.outcomes import Key, Note, Outcomes, Refuse, Settings
 from fiducial.config.schedule_keys import held_out
 from fiducial.config.template_names import objection
@@ -181,7 +181,7 @@ def _endpoint(block: Settings, given: list[str], source: Any) -> Outcomes:
 
 
 def _data(settings: Settings) -> Outcomes:
-    held = settings.get("val_set_size")
+    held = as_number(settings.get("val_set_size"))
     if isinstance(held, float) and held > 1 and not held.is_integer():
         yield Refuse(
             "val_set_size", "from 1 on it is a number of rows: write a whole one, or a share below 1"

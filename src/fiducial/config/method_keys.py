@@ -161,7 +161,7 @@ def _fields(name: str, losses: list[type[MethodConfig]], settings: Settings) -> 
             yield _without_effect(setter, value, losses, f"rl: {' or '.join(readers)}")
         elif not any("beta" in loss.model_fields for loss in losses):
             yield _without_effect(setter, value, losses, "the other losses")
-        elif setter != given[0][0] and _number(value) != _number(given[0][1]):
+        elif setter != given[0][0] and as_number(value) != as_number(given[0][1]):
             first, number = given[0]
             yield Refuse(setter, f"contradicts {dotted(as_path(first))}: {number}; both mean beta: keep one")
         else:
@@ -239,10 +239,10 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _is_zero(given: tuple[Any, Key] | None) -> bool:
-    return given is not None and _number(given[0]) == 0
+    return given is not None and as_number(given[0]) == 0
 
 
-def _number(value: Any) -> Any:
+def as_number(value: Any) -> Any:
     """`value` as a number, if it is one in any spelling."""
     try:
         return float(value)

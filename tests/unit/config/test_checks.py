@@ -183,6 +183,11 @@ QLORA = {"adapter": "qlora", "load_in_4bit": True}
         ),
         ({"val_set_size": 1.5, "datasets": [{"path": "a"}]}, "whole one, or a share below 1", {}),
         (
+            {"val_set_size": "2.5", "datasets": [{"path": "a"}]},
+            "whole one, or a share below 1",
+            {"val_set_size": "2", "datasets": [{"path": "a"}]},
+        ),
+        (
             {"unfrozen_parameters": ["lm_head", "("]},
             "( is no regular expression: missing )",
             {"unfrozen_parameters": ["lm_head", r"\("]},
