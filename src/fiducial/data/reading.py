@@ -60,7 +60,8 @@ def _odd_template(work: RowTokenizer, rows: Sequence[Mapping[str, Any]]) -> Iter
             yield NO_GENERATION_PROMPT
         if any(_leaves_out_calls(template, each) for each in _examples(work, rows)):
             yield CALLS_UNWRITTEN
-        written = _rendered(template, first)
+        # Turns without their own words, which may speak of such marks.
+        written = _rendered(template, tuple({**turn, "content": "1"} for turn in first))
     for mark in spelled_out(written or "", work.tokenize.tokenizer):
         yield f"{mark} is no token of the tokenizer: it is read piece by piece; tokens: ['{mark}'] adds it"
 

@@ -131,6 +131,8 @@ def test_marks_that_are_no_tokens_are_noted(load: Load) -> None:
         "<end_of_turn> is no token of the tokenizer: it is read piece by piece; "
         "tokens: ['<end_of_turn>'] adds it"
     ]
+    spoken_of = GOOD_CHAT | {"chosen": "It is <|end|>, or </s>."}
+    assert load([spoken_of], tokenizer={"chat_template": "chatml"}).audit.datasets[0].notes == []
     asked = {"question": "2+2?", "chosen": "4", "rejected": "5"}
     [note] = load([asked], dataset={"type": "llama3.intel"}).audit.datasets[0].notes
     assert note.startswith("<|eot_id|> is no token")
