@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fiducial.config.schema import AdapterConfig
@@ -38,6 +38,8 @@ class AdapterFacts:
     bias: str = "none"
     use_dora: bool = False
     use_rslora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     target_modules: tuple[str, ...] = ()
     """Names, or one regular expression."""
     modules_to_save: tuple[str, ...] = ()
@@ -91,6 +93,8 @@ def read_adapter_facts(location: str, key: str = "lora_model_dir", *, allow_pick
         bias=config.get("bias") or "none",
         use_dora=bool(config.get("use_dora")),
         use_rslora=bool(config.get("use_rslora")),
+        rank_pattern=config.get("rank_pattern") or {},
+        alpha_pattern=config.get("alpha_pattern") or {},
         target_modules=_names(config, "target_modules"),
         modules_to_save=_names(config, "modules_to_save"),
         target_parameters=_names(config, "target_parameters"),
@@ -106,6 +110,9 @@ _OWN = {
     "lora_dropout": "dropout",
     "peft_use_dora": "use_dora",
     "peft_use_rslora": "use_rslora",
+    "lora_rank_pattern": "rank_pattern",
+    "lora_alpha_pattern": "alpha_pattern",
+    "peft_layer_replication": "layer_replication",
     "peft_init_lora_weights": "init_lora_weights",
     "peft_bias": "bias",
     "lora_target_modules": "target_modules",
@@ -125,7 +132,8 @@ def check_own_settings(adapter: AdapterFacts, cfg: AdapterConfig) -> None:
     """
     for key, name in _OWN.items():
         asked, own = getattr(cfg, name), getattr(adapter, name)
-        if asked == AdapterConfig.model_fields[name].default or own is None or _plain(asked) == _plain(own):
+        default = AdapterConfig.model_fields[name].get_default(call_default_factory=True)
+        if asked == default or own is None or _plain(asked) == _plain(own):
             continue
         if name == "target_modules" and (cfg.target_linear or _ALL_LINEAR in _plain(asked)):
             continue  # the adapter has the names that this stood for

@@ -330,6 +330,9 @@ def test_a_folder_that_is_no_adapter_is_explained(base: Path, tmp_path: Path) ->
         ({"r": 99}, "lora_r: 99 has no effect: lora_model_dir goes on with the adapter in .*, with 4"),
         ({"dropout": 0.1}, "lora_dropout: 0.1 has no effect"),
         ({"use_dora": True}, "peft_use_dora: True has no effect"),
+        ({"rank_pattern": {"q_proj": 3}}, "lora_rank_pattern: .* has no effect.*, with {'v_proj': 2}"),
+        ({"alpha_pattern": {"q_proj": 3}}, "lora_alpha_pattern: .* has no effect.*, with none"),
+        ({"layer_replication": ((0, 2),)}, "peft_layer_replication: .* has no effect.*, with none"),
         ({"init_lora_weights": "pissa"}, "peft_init_lora_weights: pissa has no effect"),
         ({"bias": "all"}, "peft_bias: all has no effect"),
         ({"target_modules": ("q_proj",)}, "lora_target_modules: q_proj has no effect"),
@@ -339,7 +342,7 @@ def test_a_folder_that_is_no_adapter_is_explained(base: Path, tmp_path: Path) ->
 def test_a_resumed_adapter_has_settings_of_its_own(
     base: Path, tmp_path: Path, settings: dict[str, Any], says: str
 ) -> None:
-    path = save_adapter(tmp_path / "adapter", lora_dropout=0.5)
+    path = save_adapter(tmp_path / "adapter", lora_dropout=0.5, rank_pattern={"v_proj": 2})
 
     def resumed(**settings: Any) -> Facts:
         adapter = AdapterConfig(kind="lora", path=str(path), **settings)
