@@ -94,7 +94,7 @@ def _remedy_for_moving(cfg: RunConfig) -> str:
     """Where no source could follow the policy."""
     if cfg.adapter is None:
         return "Remove reference.load_in_8bit, reference.load_in_4bit and reference.offload."
-    if cfg.adapter.bias != "none":
+    if cfg.adapter.bias != "none" and cfg.adapter.path is None:  # an adapter that is resumed has its own
         return "Write peft_bias: none, train without adapter, or leave reference.schedule out."
     if cfg.reference.mixup_alpha != 1:
         return "Write reference.mixup_alpha: 1, train without adapter, or leave reference.schedule out."

@@ -53,9 +53,14 @@ def test_defaults_and_choices() -> None:
             "frozen_adapter",
         ),
         (
-            {"reference": COPY, "adapter": {"path": "sft", "bias": "all"}},
+            {"reference": COPY, "adapter": {"bias": "all"}},
             "only a copy of the adapter",
             "Write peft_bias: none, train",
+        ),
+        (
+            {"reference": COPY, "adapter": {"path": "sft", "bias": "all"}},
+            "only a copy of the adapter",
+            "Remove reference.schedule, or train without",
         ),
         ({"reference": COPY | {"load_in_8bit": True}}, "cannot move", "Remove reference.load_in_8bit"),
     ],
