@@ -12,10 +12,10 @@ import torch.distributed as dist
 
 from fiducial.agreement import all_or_none
 from fiducial.data.batch import PackedBatch
-from fiducial.errors import TrainingError
+from fiducial.errors import CacheError, TrainingError
 from fiducial.logps import TokenLogps
 from fiducial.model.scoring import Scorer
-from fiducial.reference.cache import LogpStore, score_reference
+from fiducial.reference.cache import LogpStore, one_folder, score_reference
 from fiducial.reference.identity import Identity
 from fiducial.reference.sources import InitialPolicy
 from tiny import random_groups, tiny_model
@@ -49,6 +49,7 @@ def score(folder: Path, *, failing: int | None) -> int:
 
 
 if __name__ == "__main__":
+    one_folder.PATIENCE_SECONDS = 0.5
     dist.init_process_group("gloo")
     ended = {}
     for name, failures in FAILURES.items():
@@ -64,6 +65,10 @@ if __name__ == "__main__":
         score(Path(sys.argv[1], "records"), failing=1)
     except TrainingError as error:
         ended["scoring"] = str(error)
+    try:
+        score(Path(sys.argv[1], f"disk-{dist.get_rank()}"), failing=0)
+    except (CacheError, TrainingError) as error:
+        ended["disks"] = [type(error).__name__, str(error)]
     Path(sys.argv[1], f"{os.environ['RANK']}.json").write_text(json.dumps(ended), encoding="utf-8")
     dist.barrier()
     dist.destroy_process_group()

@@ -35,5 +35,9 @@ def test_every_process_ends_with_the_failure_of_one(tmp_path: Path) -> None:
     assert second["memory"] == ["OutOfMemoryError", "CUDA out of memory. Tried to allocate 1 GiB"]
     assert (first["both"][1], second["both"][1]) == ("first", "second")
     assert first["scored"] == second["scored"] == 12
+    assert [first["disks"][0], second["disks"][0]] == ["CacheError", "CacheError"]
+    assert f"{tmp_path / 'disk-1'}/" in second["disks"][1]
+    assert first["disks"][1] == f"process 1 failed: {second['disks'][1]}"
+    assert not [path for path in tmp_path.rglob("*") if path.name.startswith("mark-")]
     assert "are not finite" in second["scoring"]
     assert first["scoring"] == f"process 1 failed: {second['scoring']}"

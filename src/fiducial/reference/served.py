@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from fiducial.agreement import all_or_none
 from fiducial.data.tokenize import TokenizedGroup
+from fiducial.reference.cache.one_folder import require_one_folder
 from fiducial.reference.cache.passes import Groups, look_up, require_all
 from fiducial.reference.cache.processes import barrier, rank, world
 from fiducial.reference.cache.shards import Logps
@@ -43,6 +44,7 @@ def ask_for_missing(
         CacheError: Records cannot be written or read.
     """
     barrier()
+    require_one_folder(store)
     asked = 0
     with all_or_none():
         if rank() == 0:

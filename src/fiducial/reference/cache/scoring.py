@@ -13,6 +13,7 @@ from fiducial.data.tokenize import TokenizedGroup
 from fiducial.errors import TrainingError
 from fiducial.logps import TokenLogps
 from fiducial.model.scoring import Scorer
+from fiducial.reference.cache.one_folder import require_one_folder
 from fiducial.reference.cache.passes import (
     Groups,
     Pass,
@@ -57,13 +58,15 @@ def score_reference(
     and on the way out, so a process killed at any moment loses no more than that.
 
     Raises:
-        CacheError: Records cannot be written or read.
+        CacheError: Records cannot be written or read, or not by all processes in one folder.
         TrainingError: A log-prob is not finite.
     """
     barrier()
     store.reload()
     barrier()  # nobody writes before all have read
     passes, unfinished = _plan(groups, scorer, store, token_budget, flush_every)
+    if passes:
+        require_one_folder(store)
     worker = _Worker(groups, reference, scorer, store, unfinished, flush_every)
     try:
         worker.run(passes, progress)

@@ -76,6 +76,11 @@ class LogpStore:
         """Where new records are written."""
         return self._home.folder.path
 
+    @property
+    def is_mirror(self) -> bool:
+        """Whether the records lie elsewhere, and machines that mirror them need no common folder."""
+        return self._remote is not None
+
     def get(self, key: str) -> Logps | None:
         """The log-probs of the completion `key`, or None."""
         if key in self._pending:
@@ -164,6 +169,15 @@ class LogpStore:
             CacheError: It cannot be written.
         """
         self._home.write(name, content)
+
+    def holds(self, name: str) -> bool:
+        """Whether a file lies beside the records, wherever this run may read."""
+        return any((folder.path / name).exists() for folder in self._home.folders)
+
+    def remove(self, name: str) -> None:
+        """Delete a file that `write` has written, if it is still there."""
+        for folder in self._home.folders:
+            (folder.path / name).unlink(missing_ok=True)
 
     def reload(self) -> bool:
         """Read what other processes have written since; says whether there was anything.
