@@ -12,13 +12,15 @@ from fiducial.agreement import all_or_none
 from fiducial.data.tokenize import TokenizedGroup
 from fiducial.reference.cache.one_folder import require_one_folder
 from fiducial.reference.cache.passes import Groups, look_up, require_all
-from fiducial.reference.cache.processes import barrier, rank, world
+from fiducial.reference.cache.processes import barrier, in_all, rank, world
 from fiducial.reference.cache.shards import Logps
 from fiducial.reference.cache.store import LogpStore
 from fiducial.reference.endpoint import Endpoint
 
 AT_ONCE = 8
 """Requests under way; servers batch them."""
+SIGN_OF_LIFE_SECONDS = 60.0
+"""How often other processes hear of the one that asks: none waits for hours, which `ddp_timeout` ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +47,13 @@ def ask_for_missing(
     """
     barrier()
     require_one_folder(store)
-    asked = 0
-    with all_or_none():
-        if rank() == 0:
-            asked = _ask(groups, endpoint, store, flush_every, progress)
-    barrier()
+    asking = _ask(groups, endpoint, store, flush_every, progress) if rank() == 0 else iter(())
+    asked, going = 0, True
+    while going:
+        with all_or_none():
+            asked_so_far = next(asking, None)
+        asked = asked if asked_so_far is None else asked_so_far
+        going = in_all(int(asked_so_far is not None)) > 0
     store.reload()
     if world() > 1:
         with all_or_none():
@@ -63,11 +67,13 @@ def _ask(
     store: LogpStore,
     flush_every: float,
     progress: Callable[[int, int], None] | None,
-) -> int:
+) -> Iterator[int]:
+    """Ask for all that is missing, and say now and then, and at the end, how many have been answered."""
     parts = look_up(groups, store).parts
     total = sum(len(positions) for _, positions in parts)
     items = (_Asked(groups[index], position) for index, positions in parts for position in positions)
     done, written = 0, time.monotonic()
+    told = written
     try:
         for item, logps in _answers(items, endpoint):
             store.put(item.group.keys[item.position], logps, item.group)
@@ -77,9 +83,12 @@ def _ask(
                 written = time.monotonic()
             if progress is not None:
                 progress(done, total)
+            if time.monotonic() - told > SIGN_OF_LIFE_SECONDS:
+                yield done
+                told = time.monotonic()
     finally:
         store.flush()
-    return done
+    yield done
 
 
 def _answers(items: Iterator[_Asked], endpoint: Endpoint) -> Iterator[tuple[_Asked, Logps]]:

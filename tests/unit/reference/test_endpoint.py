@@ -23,6 +23,7 @@ from fiducial.reference.kinds import Checkpoint
 from fiducial.reference.served import ask_for_missing
 from fiducial.reference.sources import Served
 from fiducial.train import train
+from launching import two_processes
 from oracles import naive_token_logps
 from run_configs import run_config
 from served_model import ModelServer, serve
@@ -231,3 +232,9 @@ def test_a_run_trains_against_a_served_reference(
         assert path.is_dir() or KEY.encode() not in path.read_bytes(), path
     report = json.loads((tmp_path / "out" / "plan.json").read_text())
     assert report["reference"]["checkpoint"]["endpoint"] == server.url
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_ask_wait_for_as_long_as_it_takes(tmp_path: Path) -> None:
+    two_processes(Path(__file__).parents[2] / "served_worker.py", str(tmp_path), timeout=60)
+    assert [(tmp_path / rank).read_text(encoding="utf-8") for rank in "01"] == ["12 12", "0 12"]
