@@ -160,6 +160,7 @@ def _logging(cfg: RunConfig, steps_per_epoch: int) -> dict[str, Any]:
         "run_name": options.run_name,
         "project": options.project,
         "disable_tqdm": True,  # the progress bar is `fiducial.training.progress`
+        "log_level_replica": "error",  # what transformers warns of is the same in every process
     }
 
 

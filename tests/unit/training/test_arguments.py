@@ -1,5 +1,6 @@
 """Every setting reaches transformers, and what cannot be honoured is refused."""
 
+import logging
 import sys
 from typing import Any
 
@@ -196,3 +197,10 @@ def test_one_process_may_offload_but_has_nothing_to_shard(monkeypatch: pytest.Mo
         check_settings(offloaded)
     monkeypatch.setenv("LOCAL_RANK", "0")
     check_settings(offloaded)
+
+
+def test_one_process_passes_on_what_transformers_warns_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = arguments()
+    assert chosen.get_process_log_level() < logging.ERROR
+    monkeypatch.setattr(type(chosen), "should_log", False)
+    assert chosen.get_process_log_level() == logging.ERROR
