@@ -6,6 +6,7 @@ may leave a process with fewer rows than another, or with none. So one process a
 the same step.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -101,4 +102,18 @@ def step_dataloader(
             collate_fn=StepCollator(process),
         )
     sampler = StepSampler(len(dataset), groups_per_step, process, shuffle_seed=shuffle_seed)
-    return DataLoader(dataset, batch_sampler=sampler, collate_fn=StepCollator(), num_workers=num_workers)
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=StepCollator(),
+        num_workers=num_workers,
+        worker_init_fn=_leave_process_group if num_workers else None,
+    )
+
+
+def _leave_process_group(worker: int) -> None:
+    """Keep from a worker what a terminal or a launcher sends to a whole process group.
+
+    The step that is under way when a run is asked to stop needs its workers, as does the checkpoint after it.
+    """
+    os.setpgid(0, 0)

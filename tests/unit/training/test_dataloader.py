@@ -1,5 +1,7 @@
 """Which rows a process sees: the same as one process alone, at the same step, none twice."""
 
+import os
+
 import pytest
 from torch.utils.data import IterableDataset
 
@@ -78,3 +80,21 @@ def test_streamed_rows_are_shared_like_stored_ones() -> None:
         stored = list(step_dataloader(Rows(groups), 2, process, shuffle_seed=None))
         streamed = list(step_dataloader(Stream(groups), 2, process, shuffle_seed=None))
         assert streamed == stored
+
+
+class ProcessGroups:
+    """Rows that say which process group they were read in."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, row: int) -> int:
+        return os.getpgrp()
+
+
+def test_what_stops_a_run_does_not_reach_its_workers() -> None:
+    for workers in (0, 1):
+        loader = step_dataloader(ProcessGroups(), 2, Process(), shuffle_seed=None, num_workers=workers)
+        [[first, second]] = list(loader)
+        assert first == second
+        assert (first == os.getpgrp()) == (workers == 0)
