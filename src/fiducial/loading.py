@@ -29,6 +29,7 @@ from fiducial.model.scoring import Scorer
 from fiducial.model.tokenizer import load_tokenizer
 from fiducial.policy_base import identify_base, require_same_base
 from fiducial.reference.facts import Facts, gather_facts
+from fiducial.reference.identity import Identity
 from fiducial.reference.kinds import ReferencePlan, Schedule, Source
 from fiducial.reference.plan import plan_reference
 from fiducial.reference.setup import setup_reference_model
@@ -69,6 +70,8 @@ class Policy:
     scorer: Scorer
     layout: LayoutChoice
     micro_batch_tokens: int
+    base: Identity | None = None
+    """Which weights its adapter is on, in the process that compared them with those of an earlier start."""
 
 
 def read_run(
@@ -120,11 +123,12 @@ def load_policy(run: Run, device: torch.device, micro_batch_tokens: int) -> Poli
     with all_or_none():
         model, _ = ModelLoader(run.cfg, run.tokenizer).load()
         scorer, layout = _scorer(run, model, device)
+        base = None
         if run.record is not None and is_first_process():
             base = identify_base(run.cfg, run.facts, run.plan, scorer)
             if base is not None:
                 require_same_base(run.record, base.as_dict())
-    return Policy(scorer.model, scorer, layout, micro_batch_tokens)
+    return Policy(scorer.model, scorer, layout, micro_batch_tokens, base)
 
 
 def load_second_model(run: Run, device: torch.device) -> Scorer | None:

@@ -51,8 +51,9 @@ def record_of(run: Run, policy: Policy, judged: ProvedReference) -> RunRecord:
     """What is known of the run before step 1."""
     start = None if judged.proof is None else answers(judged.proof, judged.groups)
     reference = None if judged.identity is None else judged.identity.as_dict()
-    # Only the first process writes the record.
-    base = identify_base(run.cfg, run.facts, run.plan, policy.scorer) if is_first_process() else None
+    base = policy.base
+    if base is None and is_first_process():  # only that one writes the record
+        base = identify_base(run.cfg, run.facts, run.plan, policy.scorer)
     own = (run.record.id if run.record is not None else "") or uuid4().hex
     return RunRecord(
         _decided(run.cfg, policy),
