@@ -18,8 +18,7 @@ def all_or_none() -> Iterator[None]:
 
     A process that failed raises its own error. The others raise one of the same kind that names the process;
     memory that ran out is a `TrainingError` there, and an error that is not the user's to mend a
-    `RuntimeError`. All processes must reach the
-    block, and nothing inside it may wait for another process.
+    `RuntimeError`. All processes must reach the block, and nothing inside it may wait for another process.
     """
     failure: Exception | None = None
     try:

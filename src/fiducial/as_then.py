@@ -29,7 +29,7 @@ from fiducial.reference.noise import SERVED_ALLOWANCE, logps_of, measure_noise
 from fiducial.reference.plan import ReferencePlan, Source, plan_reference
 from fiducial.reference.predicted import identify_loaded, predict_identity
 from fiducial.reference.sources import Served
-from fiducial.run_record import Answers, RunRecord, own_record, require_same_reference
+from fiducial.run_record import Answers, RunRecord, moved_weights, require_same_reference
 from fiducial.verification import (
     WITHIN_SERVER,
     Findings,
@@ -100,7 +100,7 @@ def _weights_alone(finished: FinishedRun, plan: ReferencePlan, record: RunRecord
         scorer = Scorer(model, layout="padded", autocast=resolve_precision(cfg).autocast)
         identity = identify_loaded(cfg, plan, tokenizer, scorer)
     findings = _same(record, plan, identity)
-    if plan.sync is not None and (then := _moved_to(finished)):
+    if plan.sync is not None and (then := moved_weights(finished.record, finished.folder)):
         require_moved(finished.folder, then)
         findings["moved reference"] = f"{then[:12]}, the same weights as then"
     return findings | {"log-probs": f"not compared, without the run's data: {why}"}
@@ -118,7 +118,7 @@ def _moved_as_then(loaded: Loaded, finished: FinishedRun, record: RunRecord) -> 
     run, second = loaded.run, loaded.second
     assert run.plan.sync is not None
     follower = build_follower(loaded.policy.model, None if second is None else second.model, run.plan.sync)
-    then = _moved_to(finished)
+    then = moved_weights(finished.record, finished.folder)
     load_moved(follower, finished.folder, then)
     weights = f"{then[:12]}, the same weights as then" if then else "loaded"
     groups = list(_find(run.data.sample, record.moved))
@@ -127,12 +127,6 @@ def _moved_as_then(loaded: Loaded, finished: FinishedRun, record: RunRecord) -> 
     else:
         answers = _compare(loaded, groups, record.moved)
     return {"moved reference": f"{weights}; {answers}"}
-
-
-def _moved_to(finished: FinishedRun) -> str:
-    """Hash of where the reference stood when the folder was written; empty if not known."""
-    own = own_record(finished.record, finished.folder)
-    return "" if own is None else own.moved_weights
 
 
 def _find(data: TokenizedDataset, answers: Answers | None) -> Iterator[TokenizedGroup]:

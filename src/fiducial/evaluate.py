@@ -31,7 +31,7 @@ from fiducial.reference.fill import warn
 from fiducial.reference.kept import written_at_the_end
 from fiducial.reference.kinds import Source
 from fiducial.reference.moving import load_moved
-from fiducial.run_record import no_record_note, own_record
+from fiducial.run_record import moved_weights, no_record_note
 from fiducial.training.arguments import training_arguments
 from fiducial.training.budget import choose_token_budget
 from fiducial.training.metrics import ASKED_FOR, METRICS
@@ -146,8 +146,7 @@ def _with_evaluation_alone(cfg: RunConfig, *, new_data: bool) -> RunConfig:
 def _move_reference(run: Run, judged: ProvedReference, folder: Path) -> None:
     """Put a synced reference where it was when `folder` was written."""
     if judged.follower is not None:
-        record = own_record(run.record, folder)
-        load_moved(judged.follower, folder, "" if record is None else record.moved_weights)
+        load_moved(judged.follower, folder, moved_weights(run.record, folder))
         run.console.print("The reference is the one that training had moved to.")
 
 

@@ -146,6 +146,12 @@ def own_record(record: RunRecord | None, folder: Path) -> RunRecord | None:
     return record if (folder / RECORD_FILE).is_file() else None
 
 
+def moved_weights(record: RunRecord | None, folder: Path) -> str:
+    """Hash of where a synced reference stood when `folder` was written; empty if not known."""
+    own = own_record(record, folder)
+    return "" if own is None else own.moved_weights
+
+
 def no_record_note(folder: Path) -> str:
     """What is not known of trained weights in `folder` without a record, for people."""
     return (

@@ -87,6 +87,10 @@ class TokenizerConfig(Section):
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
 
+ALL_LINEAR = "all-linear"
+"""PEFT's word for every linear layer but the head."""
+
+
 class AdapterConfig(Section):
     """A PEFT adapter: a new one, or one to continue."""
 

@@ -15,11 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from fiducial.config.schema import AdapterConfig
+from fiducial.config.schema import ALL_LINEAR, AdapterConfig
 from fiducial.errors import ModelError
-
-ALL_LINEAR = "all-linear"
-"""PEFT's word for every linear layer but the head."""
 
 
 def choose_targets(cfg: AdapterConfig, model: PreTrainedModel) -> list[str] | str | None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fiducial.config.schema import AdapterConfig
+from fiducial.config.schema import ALL_LINEAR, AdapterConfig
 from fiducial.errors import ModelError
 from fiducial.reference.checkpoint import (
     TensorFact,
@@ -19,7 +19,6 @@ _PREFIX = "base_model.model."
 DRAWN_INIT = "pissa_niter"
 """How the name of a start begins that PEFT draws anew, and otherwise, whenever the adapter is loaded."""
 _HEADS = ("lm_head", "embed_out")
-_ALL_LINEAR = "all-linear"
 _FACTORS = ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B"))
 
 
@@ -135,7 +134,7 @@ def check_own_settings(adapter: AdapterFacts, cfg: AdapterConfig) -> None:
         default = AdapterConfig.model_fields[name].get_default(call_default_factory=True)
         if asked == default or own is None or _plain(asked) == _plain(own):
             continue
-        if name == "target_modules" and (cfg.target_linear or _ALL_LINEAR in _plain(asked)):
+        if name == "target_modules" and (cfg.target_linear or ALL_LINEAR in _plain(asked)):
             continue  # the adapter has the names that this stood for
         raise ModelError(
             f"{key}: {_plain(asked)} has no effect: lora_model_dir goes on with the adapter in "

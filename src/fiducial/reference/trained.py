@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from fiducial.config.schema import AdapterConfig, RunConfig
+from fiducial.config.schema import ALL_LINEAR, AdapterConfig, RunConfig
 from fiducial.reference.checkpoint import TensorFact
 from fiducial.reference.facts import Facts
 
@@ -143,13 +143,13 @@ def _is_target(module: str, cfg: AdapterConfig, facts: Facts) -> bool:
     if not _in_chosen_layers(module, cfg):
         return False
     targets = cfg.target_modules
-    if isinstance(targets, str) and targets != "all-linear":
+    if isinstance(targets, str) and targets != ALL_LINEAR:
         return re.fullmatch(targets, module) is not None
     if targets is None and not cfg.target_linear:
         if cfg.target_parameters:
             return False
         targets = USUAL_TARGETS.get(facts.model.model_type)
-    linear = cfg.target_linear or targets is None or targets == "all-linear"
+    linear = cfg.target_linear or targets is None or targets == ALL_LINEAR
     if linear and not any(part in module for part in _NOT_TARGETS):
         return True
     return not isinstance(targets, str) and any(_ends_with(module, target) for target in targets or ())

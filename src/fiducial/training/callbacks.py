@@ -19,8 +19,8 @@ from transformers.trainer_utils import IntervalStrategy
 
 from fiducial.errors import ConfigError
 from fiducial.model.generation import make_savable
-from fiducial.reference.cache.processes import world
 from fiducial.training.checkpoints import NUM_PROCESSES, saved_callback_states
+from fiducial.training.gather import num_processes
 from fiducial.training.metrics import MetricSums, Stopwatch, peak_memory
 from fiducial.training.objective import Objective
 
@@ -81,7 +81,7 @@ class RunningMetrics(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         attributes = {"totals": self.totals, "seconds": self.stopwatch.elapsed}
-        launched = {"micro_batch_tokens": self.micro_batch_tokens, NUM_PROCESSES: world()}
+        launched = {"micro_batch_tokens": self.micro_batch_tokens, NUM_PROCESSES: num_processes()}
         return {"args": launched, "attributes": attributes}
 
     @property
