@@ -1,11 +1,12 @@
 """Is a trained adapter on disk the one that a run's settings make? Its tensors do not say how they act."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict
-from peft.utils import load_peft_weights
+from torch import Tensor
 
 from fiducial.config.dialect import KEY_OF
 from fiducial.errors import ModelError
@@ -40,9 +41,9 @@ def require_same_settings(model: PeftModel, folder: Path) -> None:
         )
 
 
-def require_same_tensors(model: PeftModel, folder: Path) -> None:
-    """Raise `ModelError` where the adapter in `folder` has other tensors than the policy's in `model`."""
-    saved = {name: tensor.shape for name, tensor in load_peft_weights(str(folder), device="cpu").items()}
+def require_same_tensors(model: PeftModel, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Raise `ModelError` where `weights`, read from `folder`, are others than the policy's in `model`."""
+    saved = {name: tensor.shape for name, tensor in weights.items()}
     state = get_peft_model_state_dict(model, adapter_name=POLICY_ADAPTER, save_embedding_layers=False)
     held = {name: tensor.shape for name, tensor in state.items()}
     embeddings = {name for name in saved.keys() - held if "embed" in name or "lm_head" in name}

@@ -35,8 +35,8 @@ class AdapterTrainer(Trainer):
         if not isinstance(policy, PeftModel) or self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        require_same_tensors(policy, Path(resume_from_checkpoint))
         weights = load_peft_weights(resume_from_checkpoint, device="cpu")
+        require_same_tensors(policy, weights, Path(resume_from_checkpoint))
         set_peft_model_state_dict(policy, weights, adapter_name=POLICY_ADAPTER)
 
     def _load_best_model(self) -> None:
