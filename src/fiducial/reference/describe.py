@@ -281,10 +281,10 @@ def _memory_table(memory: Report) -> Table:
     )
     table.add_column("", footer="peak")
     table.add_column("held", footer="")
-    table.add_column("bytes", footer=_size(memory["peak_bytes"]), justify="right")
+    table.add_column("bytes", footer=readable_size(memory["peak_bytes"]), justify="right")
     for part in memory["parts"]:
         when = f"{part['when']}, on the CPU" if part["on_cpu"] else part["when"]
-        table.add_row(Text(part["name"]), when, _size(part["bytes"]))
+        table.add_row(Text(part["name"]), when, readable_size(part["bytes"]))
     return table
 
 
@@ -301,11 +301,14 @@ def _alternatives_table(rows: list[Report]) -> Table:
     for row in rows:
         mark, style = ("→", "bold green") if row["chosen"] else ("", "")
         time = f"{row['relative_time']:.2f}"
-        table.add_row(mark, row["source"], row["schedule"], _size(row["peak_bytes"]), time, style=style)
+        table.add_row(
+            mark, row["source"], row["schedule"], readable_size(row["peak_bytes"]), time, style=style
+        )
     return table
 
 
-def _size(number: int) -> str:
+def readable_size(number: int) -> str:
+    """Bytes for people, in the largest unit that they reach."""
     for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if number >= size:
             return f"{number / size:.1f} {unit}"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fiducial.config.schema import RunConfig
 from fiducial.errors import ConfigError
+from fiducial.reference.describe import readable_size
 from fiducial.reference.facts import Facts
 from fiducial.reference.precision import BYTES, held_precision
 from fiducial.reference.trained import count_trained
@@ -58,8 +59,8 @@ def require_room(cfg: RunConfig, facts: Facts, *, resuming: bool) -> None:
     what = "the trained model and a checkpoint of it take" if saves else "the trained model takes"
     without = ", or save no checkpoints (save_strategy: no)" if saves else ""
     raise ConfigError(
-        f"output_dir: the disk that holds {folder} has {_size(disk.free)} free, and {what} at least "
-        f"{_size(needed)}. Free space there, name a folder on another disk{without}."
+        f"output_dir: the disk that holds {folder} has {readable_size(disk.free)} free, and {what} at least "
+        f"{readable_size(needed)}. Free space there, name a folder on another disk{without}."
     )
 
 
@@ -68,10 +69,6 @@ def _saved_bytes(cfg: RunConfig, facts: Facts) -> int:
     if cfg.adapter is not None:
         return count_trained(cfg, facts).adapter * precision.adapter
     return facts.model.num_parameters * BYTES[precision.weights] if facts.model.shapes_are_exact else 0
-
-
-def _size(number: int) -> str:
-    return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"
 
 
 def make_folder(folder: Path, key: str, *, adapter: bool) -> Path:
