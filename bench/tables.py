@@ -34,10 +34,10 @@ def page(text: str, render: Callable[[Report], str] | None = None, results: Path
 
 
 def tables(report: Report) -> str:
-    """Where and how the report was made, and one table a comparison."""
+    """Where and how the report was made, and its tables."""
     commands = {each.get("command", report["command"]): None for each in report.get("comparisons", ())}
     made = ", ".join(f"`{command}`" for command in commands or {report["command"]: None})
-    bodies = [_table(each) for each in report.get("comparisons", ())]
+    bodies = _comparisons(report.get("comparisons", ()))
     steps = [_profile(report["steps"])] if "steps" in report else []
     cache = [_warm(report["warm"]), _cold(report["cold"])] if "warm" in report else []
     return "\n\n".join([f"{made} on {_conditions(report)}.", *bodies, *steps, *cache, *_passes(report)])
@@ -60,17 +60,13 @@ def summary(report: Report) -> str:
 
 def _summary_cells(comparison: Comparison | None) -> str:
     rows = comparison["contestants"] if comparison is not None else {}
-    trl = [row for name, row in rows.items() if name.startswith("TRL")]
-    if comparison is None or "Fiducial" not in rows or not trl:
+    if comparison is None or not {"Fiducial", "TRL default"} <= rows.keys():
         return " | ".join("–" * 4)
-    ours, default, best = rows["Fiducial"], trl[0], max(trl, key=lambda row: float(row["per_second"]))
+    ours, default = rows["Fiducial"], rows["TRL default"]
     memory = ours["peak_bytes_above_weights"] / default["peak_bytes_above_weights"]
-    # Where a reference is scored, TRL has a faster setting, which may not have been measured.
-    unknown = ours["scoring_over_training"] > 0 and len(trl) == 1
-    fastest = "–" if unknown else _times(ours, best, "per_second")
     return (
         f"{ours['per_second']:.3g} {comparison['unit']}/s | {_times(ours, default, 'per_second')} "
-        f"| {fastest} | {memory:.0%}"
+        f"| {_times_best(rows)} | {memory:.0%}"
     )
 
 
@@ -148,30 +144,59 @@ def _total(steps: Sequence[Mapping[str, Any]], name: str) -> float:
     return sum(float(step["seconds"].get(name, 0)) for step in steps)
 
 
-def _table(comparison: Comparison) -> str:
-    facts, rows, unit = comparison["examples"], comparison["contestants"], comparison["unit"]
-    base, waste = next(iter(rows.values())), comparison["waste"]
-    title = (
-        f"**{comparison['method']} on {comparison['data']}, {comparison['precision']}**: "
-        f"{comparison['batch_size']} {unit} a step of {facts['shared_tokens']:.0f} tokens. A padded trainer "
-        f"makes {facts['padded_tokens']:.0f} of them: {waste['padding']:.0%} are padding, "
-        f"{waste['repeated_prompts']:.0%} prompts once more. Products of these sizes run at "
-        f"{comparison['matrix_rate'] / 1e9:,.0f} GFLOP/s, by torch's own library at "
-        f"{comparison['torch_matrix_rate'] / 1e9:,.0f}."
-    )
+def _comparisons(comparisons: Sequence[Comparison]) -> list[str]:
+    """What the data is like, a line a set, and one table with a row for each comparison."""
+    if not comparisons:
+        return []
+    ordered = sorted(comparisons, key=lambda each: (each["method"], each["data"], each["precision"]))
     lines = [
-        f"| | {unit}/s | | training only | | scoring ÷ training | memory | of limit | with attention |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| | TRL default | TRL precomputed | Fiducial | × TRL default | × its best | memory | of TRL's "
+        "| scoring ÷ training | of limit | with attention | products, torch's own |",
+        "|---|" + "--:|" * 11,
+        *(_comparison(each) for each in ordered),
     ]
-    for name, row in rows.items():
-        whole, training = (f"{row[key]:.3g}" for key in ("per_second", "training_per_second"))
-        lines.append(
-            f"| {name} | {whole} | {_times(row, base, 'per_second')} "
-            f"| {training} | {_times(row, base, 'training_per_second')} "
-            f"| {row['scoring_over_training']:.2f} | {row['peak_bytes_above_weights'] / 2**30:.2f} GiB "
-            f"| {row['share_of_matrix_rate']:.0%} | {row['share_with_attention']:.0%} |"
-        )
-    return "\n".join([title, "", *lines])
+    return ["\n".join({_waste(each): None for each in ordered}), "\n".join(lines)]
+
+
+def _waste(comparison: Comparison) -> str:
+    facts, waste = comparison["examples"], comparison["waste"]
+    return (
+        f"- *{comparison['data']}*: {comparison['batch_size']} {comparison['unit']} a step of "
+        f"{facts['shared_tokens']:,.0f} tokens. A padded trainer makes {facts['padded_tokens']:,.0f}; "
+        f"{waste['padding']:.0%} are padding, {waste['repeated_prompts']:.0%} prompts once more."
+    )
+
+
+def _comparison(comparison: Comparison) -> str:
+    rows = comparison["contestants"]
+    default, ours = rows["TRL default"], rows["Fiducial"]
+    memory = ours["peak_bytes_above_weights"]
+    rates = (f"{comparison[key] / 1e9:,.0f}" for key in ("matrix_rate", "torch_matrix_rate"))
+    cells = [
+        f"{comparison['method']}, {comparison['data']}, {comparison['precision']}",
+        *(_speed(rows.get(name)) for name in ("TRL default", "TRL precomputed", "Fiducial")),
+        f"{_times(ours, default, 'per_second')} ({_times(ours, default, 'training_per_second')})",
+        _times_best(rows),
+        f"{memory / 2**30:.2f} GiB",
+        f"{memory / default['peak_bytes_above_weights']:.0%}",
+        f"{ours['scoring_over_training']:.2f}" if ours["scoring_over_training"] else "–",
+        f"{ours['share_of_matrix_rate']:.0%}",
+        f"{ours['share_with_attention']:.0%}",
+        ", ".join(rates),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _speed(row: Mapping[str, float] | None) -> str:
+    return "–" if row is None else f"{row['per_second']:.3g} ({row['training_per_second']:.3g})"
+
+
+def _times_best(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """How much faster than TRL's fastest setting; "–" where that may not have been measured."""
+    ours, trl = rows["Fiducial"], [row for name, row in rows.items() if name.startswith("TRL")]
+    if ours["scoring_over_training"] > 0 and len(trl) == 1:
+        return "–"
+    return _times(ours, max(trl, key=lambda row: row["per_second"]), "per_second")
 
 
 def _times(row: Mapping[str, float], base: Mapping[str, float], key: str) -> str:
