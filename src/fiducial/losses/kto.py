@@ -14,7 +14,6 @@ from torch import Tensor
 
 from fiducial.config.methods import MethodConfig
 from fiducial.data.tokenize import TokenizedGroup
-from fiducial.errors import ConfigError
 from fiducial.logps import Comparison
 from fiducial.losses.loss import Loss
 from fiducial.losses.output import LossOutput
@@ -28,10 +27,6 @@ def labelled(function: Callable[..., LossOutput]) -> Callable[[MethodConfig], Lo
 
     def build(method: MethodConfig) -> Loss:
         settings = method.model_dump(exclude={"name"})
-        if settings["desirable_weight"] == settings["undesirable_weight"] == 0:
-            raise ConfigError(
-                "kto_desirable_weight, kto_undesirable_weight: with both 0 nothing is learned. Raise one."
-            )
 
         def loss(comparison: Comparison, **known: Tensor) -> LossOutput:
             return function(comparison, **known, **settings)
