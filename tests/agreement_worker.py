@@ -16,6 +16,7 @@ from fiducial.errors import CacheError, TrainingError
 from fiducial.logps import TokenLogps
 from fiducial.model.scoring import Scorer
 from fiducial.reference.cache import LogpStore, one_folder, score_reference
+from fiducial.reference.cache.processes import from_first
 from fiducial.reference.identity import Identity
 from fiducial.reference.sources import InitialPolicy
 from tiny import random_groups, tiny_model
@@ -27,6 +28,10 @@ FAILURES = {
     "memory": {1: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")},
     "both": {0: TrainingError("first"), 1: TrainingError("second")},
 }
+
+
+def refuse() -> None:
+    raise CacheError("there is nowhere to write")
 
 
 class FailsIn:
@@ -60,6 +65,10 @@ if __name__ == "__main__":
             ended[name] = None
         except (TrainingError, OSError, RuntimeError) as error:
             ended[name] = [type(error).__name__, str(error)]
+    try:
+        from_first(refuse)
+    except CacheError as error:
+        ended["first"] = str(error)
     ended["scored"] = score(Path(sys.argv[1], "good"), failing=None)
     try:
         score(Path(sys.argv[1], "records"), failing=1)

@@ -34,6 +34,7 @@ def test_every_process_ends_with_the_failure_of_one(tmp_path: Path) -> None:
     ]
     assert second["memory"] == ["OutOfMemoryError", "CUDA out of memory. Tried to allocate 1 GiB"]
     assert (first["both"][1], second["both"][1]) == ("first", "second")
+    assert first["first"] == second["first"] == "there is nowhere to write"
     assert first["scored"] == second["scored"] == 12
     assert [first["disks"][0], second["disks"][0]] == ["CacheError", "CacheError"]
     assert f"{tmp_path / 'disk-1'}/" in second["disks"][1]

@@ -12,7 +12,7 @@ from fiducial.agreement import all_or_none
 from fiducial.data.tokenize import TokenizedGroup
 from fiducial.reference.cache.one_folder import require_one_folder
 from fiducial.reference.cache.passes import Groups, look_up, require_all
-from fiducial.reference.cache.processes import barrier, in_all, rank, world
+from fiducial.reference.cache.processes import barrier, in_all, num_processes, rank
 from fiducial.reference.cache.shards import Logps
 from fiducial.reference.cache.store import LogpStore
 from fiducial.reference.endpoint import Endpoint
@@ -55,7 +55,7 @@ def ask_for_missing(
         asked = asked if asked_so_far is None else asked_so_far
         going = in_all(int(asked_so_far is not None)) > 0
     store.reload()
-    if world() > 1:
+    if num_processes() > 1:
         with all_or_none():
             require_all(groups, store)
     return asked

@@ -7,11 +7,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from fiducial.logps import Comparison, Completions, SequenceLogps
-
-
-def num_processes() -> int:
-    """How many processes take the step together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+from fiducial.reference.cache.processes import num_processes
 
 
 def gather_numbers(numbers: Sequence[int], device: torch.device) -> list[list[int]]:

@@ -23,9 +23,10 @@ from fiducial.losses.output import LossOutput
 from fiducial.model.mode import evaluating
 from fiducial.model.randomness import Replay
 from fiducial.model.scoring import Scorer
+from fiducial.reference.cache.processes import num_processes
 from fiducial.reference.one_pass import beside_policy
 from fiducial.reference.sources import LiveReference, Reference
-from fiducial.training.gather import gather_comparisons, gather_mean, num_processes
+from fiducial.training.gather import gather_comparisons, gather_mean
 from fiducial.training.weighing import WeighedPass, weigh
 
 Groups = Sequence[TokenizedGroup]

@@ -5,7 +5,7 @@ import time
 
 from fiducial.agreement import all_or_none
 from fiducial.errors import CacheError
-from fiducial.reference.cache.processes import from_first, rank, world
+from fiducial.reference.cache.processes import from_first, num_processes, rank
 from fiducial.reference.cache.store import LogpStore
 
 PATIENCE_SECONDS = 10.0
@@ -19,7 +19,7 @@ def require_one_folder(store: LogpStore) -> None:
         CacheError: It is not there: the processes are on several machines, and keep their records on
             different disks.
     """
-    if world() == 1 or store.is_mirror:
+    if num_processes() == 1 or store.is_mirror:
         return
     mark = from_first(lambda: _written(store))
     try:

@@ -6,6 +6,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from fiducial.errors import FiducialError
+
 _T = TypeVar("_T")
 
 
@@ -14,7 +16,7 @@ def rank() -> int:
     return dist.get_rank() if _distributed() else 0
 
 
-def world() -> int:
+def num_processes() -> int:
     """How many processes there are."""
     return dist.get_world_size() if _distributed() else 1
 
@@ -38,17 +40,28 @@ def in_all(number: int) -> int:
     """The sum of every process's `number`."""
     if not _distributed():
         return number
-    numbers = [0] * world()
+    numbers = [0] * num_processes()
     dist.all_gather_object(numbers, number)
     return sum(numbers)
 
 
 def from_first(make: Callable[[], _T]) -> _T:
-    """What the first process makes, in every process: they must not decide differently."""
+    """What the first process makes, in every process: they must not decide differently.
+
+    Raises:
+        FiducialError: the first process raised it; the others raise it too, and do not wait.
+    """
     if not _distributed():
         return make()
-    held: list[Any] = [make() if rank() == 0 else None]
+    held: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            held[0] = make()
+        except FiducialError as error:
+            held[1] = error
     dist.broadcast_object_list(held)
+    if held[1] is not None:
+        raise held[1]
     made: _T = held[0]
     return made
 

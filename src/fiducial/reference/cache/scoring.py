@@ -23,7 +23,7 @@ from fiducial.reference.cache.passes import (
     require_all,
     take,
 )
-from fiducial.reference.cache.processes import barrier, from_first, in_all, rank, world
+from fiducial.reference.cache.processes import barrier, from_first, in_all, num_processes, rank
 from fiducial.reference.cache.shards import Logps
 from fiducial.reference.cache.store import LogpStore
 
@@ -77,7 +77,7 @@ def score_reference(
         store.flush()
     barrier()
     store.reload()
-    if passes or world() > 1:
+    if passes or num_processes() > 1:
         with all_or_none():
             require_all(groups, store)
     if rank() == 0 and unfinished is not None:
@@ -131,7 +131,7 @@ class _Worker:
         self._flush_every = flush_every
 
     def run(self, passes: list[Pass], progress: Progress | None) -> None:
-        together = world()
+        together = num_processes()
         done, total, written = 0, sum(map(len, passes)), time.monotonic()
         for start in range(0, len(passes), together):
             mine = start + rank()
@@ -157,7 +157,7 @@ class _Worker:
             for part in parts
             if (lacking := self._store.missing(take(self._groups, part))) is not None
         ]
-        if not wanted and world() == 1:
+        if not wanted and num_processes() == 1:
             return  # several processes run equally many passes, empty ones too
         batch = self._scorer.pack(wanted)
         logps = self._reference.token_logps(batch)

@@ -130,7 +130,8 @@ def test_what_one_of_two_processes_left_ends_with_the_same_bits(
     whole = LogpStore(tmp_path / "whole", IDENTITY)
     score_reference(groups, passes, scorer, whole, token_budget=MIXED)
     with monkeypatch.context() as patch:
-        patch.setattr(scoring, "world", lambda: 2)  # the other one dies before it has written anything
+        # The other process dies before it has written anything.
+        patch.setattr(scoring, "num_processes", lambda: 2)
         with pytest.raises(CacheError):
             score(tmp_path / "half", groups, MIXED, layout="packed")
     [memory] = (tmp_path / "half" / IDENTITY.digest).glob("unfinished-*")
