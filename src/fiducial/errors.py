@@ -24,6 +24,10 @@ class ModelError(FiducialError):
     """A checkpoint, an adapter, or a tokenizer cannot be used."""
 
 
+class ServerError(ModelError):
+    """A model on a server cannot be asked: nobody answers, or it refuses."""
+
+
 class CacheError(FiducialError):
     """Stored reference log-probs are missing, damaged, or belong to another reference."""
 

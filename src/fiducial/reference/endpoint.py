@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fiducial.errors import ModelError
+from fiducial.errors import ModelError, ServerError
 
 KEY_VARIABLE = "FIDUCIAL_ENDPOINT_KEY"
 TIMEOUT_SECONDS = 120.0
@@ -67,7 +67,8 @@ class Endpoint:
         """Log-prob of every token of `completion` after `prompt`, in nats.
 
         Raises:
-            ModelError: The server does not answer, refuses, or answers for other tokens.
+            ServerError: The server does not answer, or refuses.
+            ModelError: It answers for other tokens.
         """
         ids = [*map(int, prompt), *map(int, completion)]
         answer = self._ask(
@@ -96,7 +97,7 @@ class Endpoint:
                 return self._post(body)
             except _PassingError as error:
                 if attempt + 1 == self.attempts:
-                    raise self._error(
+                    raise self._unanswered(
                         f"did not answer in {self.attempts} tries, last: {error}. What it has answered "
                         "so far is in the cache, and a new start goes on from there"
                     ) from error
@@ -116,7 +117,7 @@ class Endpoint:
         except urllib.error.HTTPError as error:
             said = error.read(500).decode(errors="replace").strip()
             if error.code not in _PASSING:
-                raise self._error(
+                raise self._unanswered(
                     f"answers {error.code} {error.reason}: {said}{_hint(error.code)}"
                 ) from error
             raise _PassingError(f"{error.code} {error.reason}: {said}", _asked_wait(error)) from error
@@ -124,6 +125,9 @@ class Endpoint:
             raise _PassingError(f"its answer is not JSON ({error})") from error
         except (OSError, http.client.HTTPException) as error:
             raise _PassingError(str(error) or type(error).__name__) from error
+
+    def _unanswered(self, what: str) -> ServerError:
+        return ServerError(f"reference.endpoint: {self.url} ({self.model}) {what}.")
 
     def _error(self, what: str) -> ModelError:
         return ModelError(f"reference.endpoint: {self.url} ({self.model}) {what}.")

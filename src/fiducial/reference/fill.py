@@ -7,13 +7,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
+from fiducial.errors import ServerError
 from fiducial.model.scoring import Scorer
-from fiducial.reference.cache.passes import Groups
+from fiducial.reference.cache.passes import Groups, look_up
 from fiducial.reference.cache.scoring import FLUSH_SECONDS, ScoringReference, score_reference
 from fiducial.reference.cache.store import LogpStore
 from fiducial.reference.served import ask_for_missing
 from fiducial.reference.sources import Served
 from fiducial.reference.spot_check import SpotCheck, spot_check
+
+_NOT_COMPARED = SpotCheck(completions=0, max_difference=0.0, tolerance=0.0, distrusted=())
 
 
 def fill(
@@ -64,11 +67,21 @@ def fill_from_server(
 ) -> None:
     """Bring into `store` every completion of the datasets, asked of a server.
 
+    A server that is gone is not needed where all of them have records: these are used without a look at it.
+
     Raises:
         CacheError: Records cannot be written or read.
         ModelError: The server does not answer, or answers for other tokens.
     """
-    checks = _compare(store, datasets, reference, scorer)
+    try:
+        checks = _compare(store, datasets, reference, scorer)
+    except ServerError as error:
+        if any(look_up(groups, store).parts for groups in datasets.values()):
+            raise
+        warn(
+            console, f"{error} Every completion has a record: these are used, and were not compared with it."
+        )
+        checks = dict.fromkeys(datasets, _NOT_COMPARED)
     for name, groups in datasets.items():
         with _bar(console, f"asking the reference for {name} data") as progress:
             asked = ask_for_missing(

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from fiducial.cache_report import explain
 from fiducial.config.load import validate_config
-from fiducial.errors import ModelError
+from fiducial.errors import ModelError, ServerError
 from fiducial.model.scoring import Scorer
 from fiducial.reference.cache import LogpStore
 from fiducial.reference.describe import plan_run
@@ -197,6 +197,34 @@ def test_records_that_the_server_does_not_repeat_are_asked_for_again(
     assert told.count("completions scored;") + told.count("completions scored.") == 2
     assert told.count("known from an earlier run") == 1
     assert told.count("set aside") == 1
+
+
+@pytest.mark.parametrize("refusal", [503, 404], ids=["no answer", "another model there by now"])
+def test_a_server_that_is_gone_is_needed_only_where_a_record_is_lacking(
+    endpoint: Endpoint, server: ModelServer, tmp_path: Path, refusal: int
+) -> None:
+    scorer, reference = Scorer(tiny_model(), layout="packed"), Served(endpoint)
+    console = Console(record=True, width=500)
+    fill_from_server(open_store(tmp_path, server), {"training": GROUPS}, reference, scorer, console=console)
+    server.refuse = [(refusal, {})] * 100
+    store = open_store(tmp_path, server)
+    fill_from_server(store, {"training": GROUPS[:3]}, reference, scorer, console=console)
+    told = console.export_text()
+    assert f"{refusal} " in told
+    assert "Every completion has a record: these are used, and were not compared" in told
+    assert "known from an earlier run." in told
+    with pytest.raises(ServerError, match=f"{refusal} "):
+        fill_from_server(store, {"training": random_groups(6)}, reference, scorer, console=console)
+
+
+def test_records_of_a_server_that_answers_for_other_tokens_are_not_used(
+    endpoint: Endpoint, server: ModelServer, tmp_path: Path
+) -> None:
+    scorer, reference, quiet = Scorer(tiny_model(), layout="packed"), Served(endpoint), Console(quiet=True)
+    fill_from_server(open_store(tmp_path, server), {"training": GROUPS}, reference, scorer, console=quiet)
+    server.prepend = [256]
+    with pytest.raises(ModelError, match=r"where .* were asked"):
+        fill_from_server(open_store(tmp_path, server), {"training": GROUPS}, reference, scorer, console=quiet)
 
 
 def test_a_run_trains_against_a_served_reference(
