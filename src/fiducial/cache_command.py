@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
@@ -14,6 +14,9 @@ from rich.text import Text
 
 from fiducial.config.schema import RunConfig
 from fiducial.errors import CacheError, ConfigError
+
+if TYPE_CHECKING:
+    from fiducial.reference.cache.inventory import CachedReference, Inventory
 
 Cache = Annotated[
     str | None,
@@ -85,9 +88,9 @@ def _list(location: str | None) -> None:
     from fiducial.reference.cache.inventory import Inventory
 
     inventory = Inventory(location)
-    references = inventory.references()
+    references = inventory.all_held()
     if not references:
-        Console().print(f"No reference log-probs in {inventory.shown}.", soft_wrap=True)
+        _tell_none(inventory)
         return
     table = Table(title=Text(inventory.shown, style="bold"), title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("reference", overflow="fold")
@@ -97,7 +100,7 @@ def _list(location: str | None) -> None:
     table.add_column("identity")
     for each in references:
         table.add_row(
-            Text(each.checkpoint),
+            Text(_name(each)),
             _precision(each.manifest),
             f"{each.records:,}",
             _size(each.bytes),
@@ -111,7 +114,10 @@ def _verify(location: str | None) -> None:
     from fiducial.reference.cache.inventory import Inventory
 
     inventory = Inventory(location)
-    references = inventory.references()
+    references = inventory.all_held()
+    if not references:
+        _tell_none(inventory)
+        return
     damages = [damage for each in references for damage in inventory.verify(each)]
     if damages:
         lines = "\n".join(f"{each.path}: {each.why} ({each.records:,} records)" for each in damages)
@@ -127,7 +133,7 @@ def _prune(location: str | None, older_than: str | None, max_size: str | None, *
     from fiducial.reference.cache.inventory import Inventory, too_many, too_old
 
     inventory, console = Inventory(location), Console()
-    kept = inventory.references()
+    kept = inventory.all_held()
     removed = too_old(kept, duration(older_than)) if older_than is not None else []
     kept = [each for each in kept if each not in removed]
     if max_size is not None:
@@ -139,14 +145,13 @@ def _prune(location: str | None, older_than: str | None, max_size: str | None, *
             inventory.remove(each)
         console.print(
             Text(
-                f"{verb} {each.checkpoint} [{each.identity[:12]}]: {each.records:,} records, "
-                f"{_size(each.bytes)}"
+                f"{verb} {_name(each)} [{each.identity[:12]}]: {each.records:,} records, {_size(each.bytes)}"
             )
         )
-    swept = 0 if dry_run else sum(map(inventory.sweep, kept))
+    swept = 0 if dry_run else inventory.finish_removals() + sum(map(inventory.sweep, kept))
     console.print(
         f"{verb} {len(removed)} references, {_size(sum(each.bytes for each in removed))}"
-        + (f", and {swept} leftover files" if swept else "")
+        + (f", and {swept} leftovers" if swept else "")
         + f"; {len(kept)} are left, {_size(sum(each.bytes for each in kept))}."
     )
 
@@ -182,6 +187,14 @@ def size(text: str) -> int:
     if found is None:
         raise ConfigError(f"--max-size {text}: write a number and KB, MB, GB or TB, for example 20GB.")
     return int(float(found[1]) * _BYTES[found[2]])
+
+
+def _tell_none(inventory: "Inventory") -> None:
+    Console().print(f"No reference log-probs in {inventory.shown}.", soft_wrap=True, markup=False)
+
+
+def _name(reference: "CachedReference") -> str:
+    return f"{reference.checkpoint} (mirror of a URL's)" if reference.is_mirror else reference.checkpoint
 
 
 def _precision(manifest: dict[str, object]) -> str:

@@ -48,6 +48,7 @@ def explain(cfg: RunConfig, console: Console) -> None:
         f"Wanted: {_name(identity.checkpoint, identity.digest)}, {_numerics(identity)}, in {inventory.shown}",
         soft_wrap=True,
         highlight=False,
+        markup=False,
     )
     if any(each.identity == identity.digest for each in references):
         store = open_store(run.cfg, identity, tell=lambda sentence: console.print(escape(sentence)))

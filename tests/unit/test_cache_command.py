@@ -56,9 +56,11 @@ def explained(cache: Cache, folder: Path, settings: dict[str, Any], *overrides: 
 
 
 def test_an_empty_cache_is_told(cache: Cache, reference_cache: Path) -> None:
-    for command in (["list"], ["verify"], ["prune"]):
-        assert cache(*command).exit_code == 0
-    assert f"No reference log-probs in {reference_cache}" in words(cache("list")).replace("\n", "")
+    assert cache("prune").exit_code == 0
+    for command in ("list", "verify"):
+        result = cache(command)
+        assert result.exit_code == 0
+        assert f"No reference log-probs in {reference_cache}" in words(result)
 
 
 def test_it_lists_and_verifies_what_runs_have_scored(
@@ -134,6 +136,45 @@ def test_prune_removes_the_oldest_and_what_was_left_over(
     assert not new.exists()
 
 
+def test_what_a_link_leads_to_is_listed_and_removed(
+    cache: Cache, tmp_path: Path, reference_cache: Path
+) -> None:
+    filled(tmp_path)
+    [folder] = [path.parent for path in reference_cache.glob("*/identity.json")]
+    folder.rename(tmp_path / "larger-disk")
+    folder.symlink_to(tmp_path / "larger-disk")
+    assert folder.name[:12] in words(cache("list"))
+    assert "24 records of 1 references" in words(cache("verify"))
+    assert "24 records" in words(cache("prune", "--max-size", "0"))
+    assert not (tmp_path / "larger-disk").exists()
+    assert not folder.is_symlink()
+    assert "24 completions" in explained(cache, tmp_path, filled(tmp_path)), "a run makes it anew"
+
+
+def test_prune_ends_what_a_killed_one_had_begun(cache: Cache, tmp_path: Path, reference_cache: Path) -> None:
+    filled(tmp_path)
+    [folder] = [path.parent for path in reference_cache.glob("*/identity.json")]
+    folder.rename(left := folder.with_name(f"{folder.name}.removed"))
+    assert "1 leftover" in words(cache("prune"))
+    assert not left.exists()
+
+
+def test_mirrors_of_caches_at_urls_are_listed_verified_and_pruned(
+    cache: Cache, tmp_path: Path, reference_cache: Path
+) -> None:
+    filled(tmp_path, reference={"cache": "memory://pruned"})
+    [mirror] = reference_cache.glob("mirrors/*/*/identity.json")
+    assert "base-llama (mirror of a URL's)" in words(cache("list"))
+    assert "24 records of 1 references" in words(cache("verify"))
+    assert "Nothing to merge" in words(cache("merge"))
+    said = explained(cache, tmp_path, run_config(tmp_path))
+    assert "The cache is empty" in said, "it serves runs that name the URL alone"
+    assert "(mirror of a URL's)" in words(cache("prune", "--older-than", "0s"))
+    assert not mirror.exists()
+    fetched = run_config(tmp_path, reference={"cache": "memory://pruned"})
+    assert "all 24 completions have records" in explained(cache, tmp_path, fetched)
+
+
 def test_merge_makes_few_files_of_many(cache: Cache, tmp_path: Path, reference_cache: Path) -> None:
     assert "Nothing to merge" in words(cache("merge"))
     filled(tmp_path, micro_batch_tokens=64, reference={"flush_seconds": 1e-6})
@@ -161,9 +202,13 @@ def test_a_length_of_time_that_is_none_is_refused(cache: Cache, wrong: str) -> N
     assert cache("prune", "--older-than", wrong or "x").exit_code == 2
 
 
-def test_what_changes_nothing_about_the_reference_is_a_hit(cache: Cache, tmp_path: Path) -> None:
+def test_what_changes_nothing_about_the_reference_is_a_hit(
+    cache: Cache, tmp_path: Path, reference_cache: Path
+) -> None:
     settings = filled(tmp_path)
     lora = {"adapter": "lora", "lora_r": 4, "lora_target_linear": True}
+    [identity] = [path.parent.name for path in reference_cache.glob("*/identity.json")]
+    assert f"base-llama [{identity[:12]}], weights in" in explained(cache, tmp_path, settings)
     for change in ({}, {"learning_rate": 1e-4}, {"seed": 7}, {"rl": "ipo"}, {"num_epochs": 3}, lora):
         assert "all 24 completions have records" in explained(cache, tmp_path, settings | change), change
 

@@ -12,6 +12,8 @@ ENVIRONMENT = "FIDUCIAL_CACHE"
 """Where the default cache is, for a machine or a container that has no lasting home."""
 MANIFEST = "identity.json"
 """In each reference's folder: which reference its records are of."""
+MIRRORS = "mirrors"
+"""In the user's own cache: copies of what caches at URLs hold, a folder for each of these caches."""
 
 _IDENTITY = re.compile(r"[0-9a-f]{32}")
 
@@ -35,7 +37,7 @@ def local_folder(location: str | None) -> Path:
         return default_cache()
     if is_remote(location):
         name = hashlib.blake2b(location.rstrip("/").encode(), digest_size=8).hexdigest()
-        return default_cache() / "mirrors" / name
+        return default_cache() / MIRRORS / name
     return Path(location.removeprefix("file://")).expanduser()
 
 
