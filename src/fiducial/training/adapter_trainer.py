@@ -39,6 +39,12 @@ class AdapterTrainer(Trainer):
         require_same_tensors(policy, weights, Path(resume_from_checkpoint))
         set_peft_model_state_dict(policy, weights, adapter_name=POLICY_ADAPTER)
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """As transformers does, but a tied weight, saved once under its other name, is not missing."""
+        tied = getattr(self.model, "all_tied_weights_keys", {})
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled:
             super()._load_best_model()
