@@ -5,6 +5,7 @@ business: a check says nothing about a value it cannot compare.
 """
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from fiducial.config.method_keys import as_number, why_no_reference
@@ -23,6 +24,8 @@ ADAPTER_OPTIONS = ("lora_", "peft_")
 
 _CHECKPOINTING = ("use_reentrant", "preserve_rng_state", "determinism_check", "early_stop", "debug")
 """Options of torch's activation checkpointing that YAML can hold."""
+
+_SAVE_ROWS = "rows are read from a file or folder: save them (save_to_disk, to_json) and give its path"
 
 EXCLUSIVE = (
     ("warmup_steps", "warmup_ratio"),
@@ -202,12 +205,21 @@ def _data(settings: Settings) -> Outcomes:
 
 
 def _paths_alone(key: str, given: Any) -> Outcomes:
-    """A dataset's path where a mapping should be."""
+    """A dataset's path, or from Python its rows, where a mapping should be."""
     if isinstance(given, str):
         yield Refuse(key, f"must be a list of mappings; write {key}: [{{path: {given}}}]")
+    elif _are_rows(given):
+        yield Refuse(key, f"must be a list of mappings; {_SAVE_ROWS}")
     for number, item in enumerate(given if isinstance(given, list) else ()):
         if isinstance(item, str):
             yield Refuse((key, number), f"must be a mapping; write {{path: {item}}}")
+        elif _are_rows(item):
+            yield Refuse((key, number), f"must be a mapping; {_SAVE_ROWS}")
+
+
+def _are_rows(value: Any) -> bool:
+    """Whether it holds rows in memory, as a `datasets.Dataset` or a table of pandas does."""
+    return isinstance(value, Iterable) and not isinstance(value, str | list | dict)
 
 
 def _streaming(settings: Settings) -> Outcomes:

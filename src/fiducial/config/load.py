@@ -15,6 +15,7 @@ from fiducial.config.document import Document, read_document
 from fiducial.config.overrides import apply_overrides
 from fiducial.config.schema import RunConfig
 from fiducial.config.translation import Translation
+from fiducial.errors import ConfigError
 
 __all__ = ["DictDefault", "LoadedRun", "load_config", "load_run", "validate_config"]
 
@@ -60,4 +61,8 @@ def validate_config(settings: Mapping[str, Any] | RunConfig) -> RunConfig:
     """
     if isinstance(settings, RunConfig):
         return settings
+    if not isinstance(settings, Mapping):
+        raise ConfigError(
+            f"{settings!r} is no run: give a mapping of its keys; a YAML file is read by load_config(path)."
+        )
     return Translation(Document(DictDefault(settings).to_dict())).run([])[0]

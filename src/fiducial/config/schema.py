@@ -285,7 +285,11 @@ class OutputConfig(Section):
 
 
 class RunConfig(Section):
-    """Everything a run needs to know, checked."""
+    """Everything a run needs to know, checked.
+
+    `load_config` makes one of a YAML file and `validate_config` of a mapping of its keys. Both check what
+    ties keys together; sections that are put together by hand are checked one by one only.
+    """
 
     model: ModelConfig
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)

@@ -2,6 +2,7 @@
 
 import re
 from enum import Enum
+from pathlib import PurePath
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -204,9 +205,11 @@ def _at(value: Any, path: KeyPath) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """`value` with enum members as their values and tuples as lists, as YAML would give them."""
+    """`value` with enum members as values, paths as text and tuples as lists, as YAML would give them."""
     if isinstance(value, Enum):
         return value.value
+    if isinstance(value, PurePath):
+        return str(value)
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
@@ -217,7 +220,7 @@ def _is_scalar(value: Any) -> bool:
 
 
 def _short(value: Any) -> str:
-    text = str(value) if isinstance(value, str) else repr(value)
+    text = str(value) if isinstance(value, str) else " ".join(repr(value).split())
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

@@ -53,6 +53,8 @@ SYNC_STEPS, MIXUP_ALPHA = 512, 0.6
 def plan_reference(cfg: RunConfig, facts: Facts) -> ReferencePlan:
     """The cheapest source and schedule that equal the reference the loss asks for, and why.
 
+    `facts` are what `gather_facts(cfg)` reads of the run's checkpoints.
+
     Raises:
         PlanError: a choice of the user's would not be that reference, or could have no effect.
     """

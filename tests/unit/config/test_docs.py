@@ -55,7 +55,7 @@ def test_every_unsupported_key_is_listed_with_its_reason() -> None:
 def test_every_default_in_the_table_is_the_default() -> None:
     shown = {row[0].strip("`"): row[2].rstrip(" |").strip("`") for row in rows(AXOLOTL) if len(row) == 3}
     for key in shown.keys() & dialect.DIRECT.keys():
-        if key in ("lora_model_dir", "orpo_alpha"):
+        if key in ("adapter", "lora_model_dir", "orpo_alpha"):
             continue
         assert _default(key) in shown[key], key
 
@@ -66,7 +66,7 @@ def test_every_argument_of_dpo_config_is_mapped_to_a_key_that_exists() -> None:
 
 def test_every_key_named_for_trl_users_exists() -> None:
     named = {word for row in rows(TRL.partition("## Arguments of LoraConfig")[0]) for word in words(row[1])}
-    values = {"all", "drop", "truncate", "raise", "reference", "special_tokens"}
+    values = {"all", "drop", "truncate", "raise", "reference", "model", "special_tokens"}
     assert named - values <= dialect.SUPPORTED
 
 

@@ -3,8 +3,10 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from datasets import Dataset
 
 from fiducial.config.load import DictDefault, load_config, load_run, validate_config
 from fiducial.errors import ConfigError
@@ -211,6 +213,32 @@ def test_settings_from_python_are_checked_the_same_way() -> None:
     assert validate_config(minimal) is minimal
     with pytest.raises(ConfigError, match=r"^rl_beat: 0.2 — unknown key; did you mean rl_beta\?$"):
         validate_config({"base_model": "x", "rl": "dpo", "rl_beat": 0.2})
+
+
+@pytest.mark.parametrize("given", ["run.yaml", Path("run.yaml"), None])
+def test_what_is_no_run_is_refused_with_the_way_to_read_a_file(given: Any) -> None:
+    with pytest.raises(ConfigError, match=r"no run: .* load_config\(path\)"):
+        validate_config(given)
+
+
+def test_a_path_from_python_is_the_text_it_stands_for() -> None:
+    given = {
+        "base_model": Path("model"),
+        "datasets": [{"path": Path("rows.jsonl")}],
+        "output_dir": Path("out"),
+    }
+    assert validate_config(given) == validate_config(
+        {"base_model": "model", "datasets": [{"path": "rows.jsonl"}], "output_dir": "out"}
+    )
+
+
+def test_rows_in_memory_are_to_be_saved_first() -> None:
+    rows = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    for given, place in ((rows, "datasets"), ([rows], "datasets.0")):
+        with pytest.raises(
+            ConfigError, match=rf"^{place}: Dataset\(\{{ features: .* — must be .*save_to_disk"
+        ):
+            validate_config({"base_model": "model", "datasets": given})
 
 
 def test_lengths_without_datasets_are_checked_and_need_none() -> None:
