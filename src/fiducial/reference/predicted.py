@@ -87,6 +87,8 @@ def _loads_as_stored(cfg: RunConfig, plan: ReferencePlan, dtype: torch.dtype) ->
     if plan.source is not Source.ADAPTER_OFF:
         return cfg.adapter is None or plan.source is Source.SEPARATE_MODEL
     assert cfg.adapter is not None
+    if cfg.adapter.layer_replication:
+        return False
     # Modules that train beside the adapter are held in float32, their originals with them.
     beside = cfg.adapter.modules_to_save or cfg.adapter.trainable_token_indices
     return dtype == torch.float32 or not beside

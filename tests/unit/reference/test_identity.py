@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,15 +10,21 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import import_utils
 
+from fiducial.config.load import validate_config
 from fiducial.config.schema import AdapterConfig
 from fiducial.model.adapters import new_adapter
+from fiducial.model.loader import ModelLoader, resolve_precision
 from fiducial.model.scoring import Scorer
+from fiducial.model.tokenizer import load_tokenizer
 from fiducial.reference import checkpoint_weights
 from fiducial.reference.checkpoint_weights import fingerprint_files
 from fiducial.reference.differences import differences
+from fiducial.reference.facts import gather_facts
 from fiducial.reference.fingerprint import fingerprint, fingerprint_model, identify, numeric_settings
 from fiducial.reference.identity import Identity
-from fiducial.reference.plan import Checkpoint, ReferencePlan, Schedule, Source
+from fiducial.reference.plan import Checkpoint, ReferencePlan, Schedule, Source, plan_reference
+from fiducial.reference.predicted import predict_identity
+from run_configs import run_config
 from tiny import FAMILIES, save_checkpoint, tiny_model
 
 
@@ -103,6 +110,45 @@ def test_files_have_the_fingerprint_of_the_model_they_make(
     settings = numeric_settings(AutoConfig.from_pretrained(folder))
     loaded = fingerprint_model(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype))
     assert fingerprint_files(files, settings, dtype) == loaded
+
+
+LORA = {"adapter": "lora", "lora_r": 2, "lora_alpha": 4, "lora_target_linear": True}
+HALF_LORA = LORA | {"bf16": True}
+SECOND = {"source": "separate_model"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "told_by_files"),
+    [
+        ({}, True),
+        ({"bf16": True}, True),
+        ({"bf16": "full"}, True),
+        ({"model_config": {"rms_norm_eps": 0.5}}, True),
+        ({"reference": SECOND | {"dtype": "bfloat16"}}, True),
+        (HALF_LORA, True),
+        (LORA | {"lora_modules_to_save": ["lm_head"]}, True),
+        (LORA | {"reference": SECOND}, True),
+        (HALF_LORA | {"lora_modules_to_save": ["lm_head"]}, False),
+        (HALF_LORA | {"peft_trainable_token_indices": [1]}, False),
+        (LORA | {"peft_layer_replication": [[0, 2], [1, 2]]}, False),
+        (LORA | {"peft_init_lora_weights": "pissa"}, False),
+        ({"tokens": ["<new>"]}, False),
+        ({"resize_token_embeddings_to_32x": True}, False),
+        ({"special_tokens": {"pad_token": "<fill>"}}, True),
+        ({"reinit_weights": True}, False),
+    ],
+    ids=str,
+)
+def test_an_identity_told_by_files_is_that_of_the_loaded_model(
+    tmp_path: Path, settings: dict[str, Any], told_by_files: bool
+) -> None:
+    cfg = validate_config(run_config(tmp_path, **settings))
+    plan, tokenizer = plan_reference(cfg, gather_facts(cfg)), load_tokenizer(cfg)
+    predicted = predict_identity(cfg, plan, tokenizer)
+    assert (predicted is not None) is told_by_files
+    model: Any = ModelLoader(cfg, tokenizer, reference_model=plan.source is Source.SEPARATE_MODEL).load()[0]
+    loaded = identify(plan, Scorer(model, layout="padded", autocast=resolve_precision(cfg).autocast))
+    assert predicted in (None, loaded)
 
 
 @pytest.mark.parametrize("tied", [True, False])
