@@ -19,6 +19,7 @@ from fiducial.reference.cache import LogpStore, one_folder, score_reference
 from fiducial.reference.cache.processes import from_first
 from fiducial.reference.identity import Identity
 from fiducial.reference.sources import InitialPolicy
+from fiducial.reference.verify import check_unmoved, prove_reference
 from tiny import random_groups, tiny_model
 
 FAILURES = {
@@ -53,6 +54,16 @@ def score(folder: Path, *, failing: int | None) -> int:
     return score_reference(random_groups(6), reference, scorer, store, token_budget=40)
 
 
+def look_for_a_move(*, failing: int) -> None:
+    """The proof's reference, which answers otherwise now in one process."""
+    scorer = Scorer(tiny_model(), layout="packed")
+    groups = random_groups(2)
+    proof = prove_reference(scorer, InitialPolicy(scorer), groups, expected_equal=True)
+    if dist.get_rank() == failing:
+        proof = replace(proof, reference_logps=proof.reference_logps + 1)
+    check_unmoved(proof, scorer, InitialPolicy(scorer), groups)
+
+
 if __name__ == "__main__":
     one_folder.PATIENCE_SECONDS = 0.5
     dist.init_process_group("gloo")
@@ -78,6 +89,10 @@ if __name__ == "__main__":
         score(Path(sys.argv[1], f"disk-{dist.get_rank()}"), failing=0)
     except (CacheError, TrainingError) as error:
         ended["disks"] = [type(error).__name__, str(error)]
+    try:
+        look_for_a_move(failing=1)
+    except TrainingError as error:
+        ended["moved"] = str(error)
     Path(sys.argv[1], f"{os.environ['RANK']}.json").write_text(json.dumps(ended), encoding="utf-8")
     dist.barrier()
     dist.destroy_process_group()

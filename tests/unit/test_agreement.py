@@ -42,3 +42,5 @@ def test_every_process_ends_with_the_failure_of_one(tmp_path: Path) -> None:
     assert not [path for path in tmp_path.rglob("*") if path.name.startswith("mark-")]
     assert "are not finite" in second["scoring"]
     assert first["scoring"] == f"process 1 failed: {second['scoring']}"
+    assert "the reference has moved while training" in second["moved"]
+    assert first["moved"] == f"process 1 failed: {second['moved']}"

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fiducial.agreement import all_or_none
 from fiducial.data.batch import PackedBatch
 from fiducial.errors import ModelError, PlanError, TrainingError
 from fiducial.model.adapters import POLICY_ADAPTER, base_name
@@ -161,18 +162,19 @@ def require_steady(policy: Scorer, groups: Groups) -> None:
 
 
 def check_unmoved(proof: Proof, policy: Scorer, reference: Reference, groups: Groups) -> float:
-    """How far the reference has moved on the proof's `groups`, in nats a token.
+    """How far the reference has moved on the proof's `groups`, in nats a token. A collective call.
 
     Raises:
         TrainingError: It has moved: what was trained was not compared with the starting policy.
     """
     moved = (logps_of(reference, policy.pack(groups)) - proof.reference_logps).abs().max().item()
-    if not moved <= proof.tolerance:
-        raise TrainingError(
-            f"the reference has moved while training, by up to {moved:.3g} nats a token. Something trained "
-            "its weights; the result was not compared with the starting policy. Use `reference: "
-            "{schedule: precomputed}`."
-        )
+    with all_or_none():
+        if not moved <= proof.tolerance:
+            raise TrainingError(
+                f"the reference has moved while training, by up to {moved:.3g} nats a token. Something "
+                "trained its weights; the result was not compared with the starting policy. Use "
+                "`reference: {schedule: precomputed}`."
+            )
     return moved
 
 
