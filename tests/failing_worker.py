@@ -3,14 +3,34 @@
 import os
 import signal
 import sys
+import time
 from typing import Any
 
 import torch
 
-from fiducial import cli
-from fiducial.errors import ModelError
+from fiducial import cli, loading
+from fiducial.errors import DataError, ModelError
 from fiducial.model.loader import ModelLoader
 from fiducial.training.objective import Objective
+
+
+def unread_data() -> None:
+    """The file is not on this machine, which the processes learn before they have met."""
+
+    def load_groups(*arguments: object, **options: object) -> Any:
+        raise DataError("the file is not there")
+
+    loading.load_groups = load_groups
+
+
+def never_there() -> None:
+    """It is killed before the processes have met, as where memory runs out."""
+
+    def load_groups(*arguments: object, **options: object) -> Any:
+        time.sleep(5)
+        os._exit(137)
+
+    loading.load_groups = load_groups
 
 
 def damaged_checkpoint() -> None:
@@ -57,6 +77,8 @@ def out_of_memory(policy: Any) -> None:
 
 
 FAILURES = {
+    "read": unread_data,
+    "absent": never_there,
     "load": damaged_checkpoint,
     "copy": another_copy,
     "nan": lambda: in_second_step(not_a_number),

@@ -34,6 +34,7 @@ from fiducial.reference.moving import load_moved
 from fiducial.run_record import moved_weights, no_record_note
 from fiducial.training.arguments import training_arguments
 from fiducial.training.budget import choose_token_budget
+from fiducial.training.meeting import before_they_meet
 from fiducial.training.metrics import ASKED_FOR, METRICS
 from fiducial.training.trainer import PreferenceTrainer, TrainingData
 
@@ -72,7 +73,8 @@ def evaluate_finished(finished: FinishedRun, *, console: Console | None = None) 
     cfg = _with_evaluation_alone(finished.cfg, new_data=finished.new_data)
     console = console or main_console()
     with kept_to_cache(cfg, console):
-        run = replace(read_run(cfg, console, trains=False), record=finished.record)
+        with before_they_meet(cfg):
+            run = replace(read_run(cfg, console, trains=False), record=finished.record)
         if finished.record is None and run.plan.source is not Source.NONE:
             warn(console, no_record_note(finished.folder))
         if finished.record is not None and finished.record.moved is not None and run.plan.sync is None:

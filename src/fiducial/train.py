@@ -42,6 +42,7 @@ from fiducial.training.callbacks import Interrupted, Interruption, saved_micro_b
 from fiducial.training.checkpoints import Launch, full_disk_explained, to_resume
 from fiducial.training.closing import closing_table, first_and_last
 from fiducial.training.loggers import close_loggers, reporting, require_loggers
+from fiducial.training.meeting import before_they_meet
 from fiducial.training.output_folder import keep_sources, make_output_folder, require_room
 from fiducial.training.progress import ProgressBar
 from fiducial.training.pushing import pushing_explained
@@ -71,21 +72,22 @@ def train(cfg: RunConfig | Mapping[str, Any], *, console: Console | None = None)
         Interrupted: Ctrl-C; a checkpoint was saved, and the message says how to go on.
     """
     checked = validate_config(cfg)
-    require_loggers(checked.output.loggers)
-    keep_sources(checked)
-    check_settings(checked)
-    make_output_folder(checked)
-    _checkpoint_to_resume(checked)  # looked for here as well, before any data is read
     settings = None if isinstance(cfg, RunConfig) else dict(cfg)
     console = console or main_console()
     with kept_to_cache(checked, console):
-        return _run_to_its_end(replace(read_run(checked, console), settings=settings))
+        with before_they_meet(checked):
+            require_loggers(checked.output.loggers)
+            keep_sources(checked)
+            check_settings(checked)
+            make_output_folder(checked)
+            resume = _checkpoint_to_resume(checked)
+            run = replace(read_run(checked, console), settings=settings)
+            require_room(checked, run.facts, resuming=resume is not None)
+        return _run_to_its_end(run, resume)
 
 
-def _run_to_its_end(run: Run) -> TrainResult:
+def _run_to_its_end(run: Run, resume: Path | None) -> TrainResult:
     output_dir = Path(run.cfg.output.output_dir)
-    resume = _checkpoint_to_resume(run.cfg)
-    require_room(run.cfg, run.facts, resuming=resume is not None)
     args = _arguments(run, resuming=resume is not None)
     told, disk = reporting(run.cfg.output), full_disk_explained(output_dir, _launch(run.cfg))
     pushed = pushing_explained(run.cfg.output.hub_model_id)
@@ -118,7 +120,8 @@ def preprocess(cfg: RunConfig | Mapping[str, Any], *, console: Console | None = 
     """Tokenize and audit the data, and score the reference where the plan precomputes it."""
     checked, console = validate_config(cfg), console or main_console()
     with kept_to_cache(checked, console):
-        run = read_run(checked, console)
+        with before_they_meet(checked):
+            run = read_run(checked, console)
         run.data.audit.render(run.console)
         if run.precomputes:
             args = _arguments(run, resuming=False)

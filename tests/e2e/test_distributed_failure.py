@@ -17,6 +17,11 @@ NOT_A_NUMBER = "The loss is not a number at step 2, for 2 of 2 groups"
     ("failure", "first", "second"),
     [
         (
+            "read",
+            "Data error: process 1 failed: the file is not there",
+            "Data error: the file is not there",
+        ),
+        (
             "load",
             "Model error: process 1 failed: a weights file is damaged",
             "Model error: a weights file is damaged",
@@ -37,7 +42,7 @@ NOT_A_NUMBER = "The loss is not a number at step 2, for 2 of 2 groups"
             "Training error: Out of memory at step 2 in process 1",
         ),
     ],
-    ids=["load", "copy", "nan", "memory"],
+    ids=["read", "load", "copy", "nan", "memory"],
 )
 def test_both_processes_end_with_the_failure_of_one(
     tmp_path: Path, failure: str, first: str, second: str
@@ -64,3 +69,13 @@ def test_both_processes_stop_with_a_checkpoint_and_one_says_so(tmp_path: Path) -
     assert [process.returncode for process in ended] == [130, 130], [process.stderr for process in ended]
     assert [process.stderr.count("Stopped after step 2 of 3") for process in ended] == [1, 0]
     assert (tmp_path / "out" / "checkpoint-2" / "trainer_state.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_process_waits_for_another_no_longer_than_asked(tmp_path: Path) -> None:
+    run = tmp_path / "run.yaml"
+    run.write_text(json.dumps(run_config(tmp_path, ddp_timeout=2)), encoding="utf-8")
+    waited, _ = two_alone(WORKER, "absent", str(run), timeout=60)
+    assert waited.returncode == 2
+    assert "Training error: The 2 processes of this run did not find each other" in waited.stderr
+    assert "Internal error" not in waited.stderr

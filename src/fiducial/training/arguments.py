@@ -12,6 +12,7 @@ from enum import Enum
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
@@ -43,7 +44,7 @@ def training_arguments(
         | _evaluation(cfg, steps_per_epoch, has_evaluation=has_evaluation, resuming=resuming)
         | _saving(cfg, steps_per_epoch)
         | _logging(cfg, steps_per_epoch)
-        | _distribution(cfg)
+        | distribution(cfg)
     )
     try:
         args = TrainingArguments(**{key: value for key, value in settings.items() if value is not None})
@@ -164,13 +165,14 @@ def _logging(cfg: RunConfig, steps_per_epoch: int) -> dict[str, Any]:
     }
 
 
-def _distribution(cfg: RunConfig) -> dict[str, Any]:
+def distribution(cfg: RunConfig) -> dict[str, Any]:
+    """How the run is spread over processes, in the names of `TrainingArguments`."""
     options = cfg.distributed
     return {
         "fsdp": True if options.fsdp_version is not None else None,
         "fsdp_config": _fsdp_config(options.fsdp_config) if options.fsdp_version is not None else None,
         # Without a GPU several processes find each other only if told that this is meant.
-        "use_cpu": not torch.accelerator.is_available(),
+        "use_cpu": not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"),
         # Gradients of offloaded weights are clipped on the CPU, where NCCL adds up nothing.
         "ddp_backend": "cuda:nccl,cpu:gloo" if offloads_policy(cfg) and torch.cuda.is_available() else None,
         "ddp_timeout": options.ddp_timeout,
