@@ -11,6 +11,7 @@ import logging
 import os
 import shlex
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -55,6 +56,8 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 # What the machine refuses, whatever the program: no space left, over quota, no permission, read-only.
 _MACHINE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS})
+
+_HEAD_START_SECONDS = 3.0
 
 
 def _show_version(wanted: bool) -> None:
@@ -271,6 +274,8 @@ def _reporting(debug: bool, *, interrupted: str = "") -> Iterator[None]:
     except (Exception, KeyboardInterrupt) as error:  # the outermost frame: nothing is swallowed, all is told
         if isinstance(error, BrokenPipeError):  # the reader of our output left, as `head` does; typer knows
             raise
+        if isinstance(error, Exception):
+            _let_the_first_speak()
         if debug:
             traceback.print_exc()
         code, message, remedy = _judge(error, interrupted)
@@ -278,6 +283,15 @@ def _reporting(debug: bool, *, interrupted: str = "") -> Iterator[None]:
         together = isinstance(error, KeyboardInterrupt) and bool(str(error))
         _complain(message, remedy, console=_console(stderr=True) if together else Console(stderr=True))
         raise typer.Exit(code) from None
+
+
+def _let_the_first_speak() -> None:
+    """Give this machine's first process time to say the same; torchrun then ends this one, unheard.
+
+    What failed here alone is said a moment later.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(_HEAD_START_SECONDS)
 
 
 def _judge(error: BaseException, interrupted: str) -> tuple[int, str, str]:

@@ -6,6 +6,7 @@ import os
 import resource
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -228,6 +229,27 @@ def test_one_process_of_many_speaks(fiducial_command: Fiducial, monkeypatch: pyt
     monkeypatch.setenv("RANK", "1")
 
     assert fiducial_command("losses").stdout == ""
+
+
+@pytest.mark.parametrize(("launched", "local_rank", "waits"), [(1, "1", 1), (1, "0", 0), (0, "1", 0)])
+def test_where_torchrun_ends_the_others_a_machines_first_process_speaks_first(
+    fiducial_command: Fiducial,
+    failing: Callable[[BaseException], None],
+    monkeypatch: pytest.MonkeyPatch,
+    launched: int,
+    local_rank: str,
+    waits: int,
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    if launched:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    failing(ConfigError("rl_betta: unknown key"))
+    ended = fiducial_command("train", "run.yaml")
+    assert (ended.exit_code, len(waited)) == (2, waits)
+    assert "rl_betta: unknown key" in ended.stderr, "what failed here alone is still said"
 
 
 def write_run(folder: Path, **settings: object) -> Path:
