@@ -56,16 +56,21 @@ def test_it_is_no_part_of_a_sum(tmp_path: Any) -> None:
         validate_config(cfg)
 
 
-def adapted() -> PeftModel:
-    cfg = AdapterConfig.model_validate({"kind": "lora", "r": 4, "init_lora_weights": False})
+def training() -> PeftModel:
+    """With dropout, and an adapter that has moved on from its frozen copy."""
+    cfg = AdapterConfig.model_validate({"kind": "lora", "r": 4, "init_lora_weights": False, "dropout": 0.5})
     model = new_adapter(tiny_model(), cfg, float32=True)
     freeze_copy(model)
-    return model
+    with torch.no_grad():
+        for value in model.parameters():
+            if value.requires_grad:
+                value.add_(0.05)
+    return model.train()
 
 
 @pytest.mark.parametrize("kind", [AdapterOff, FrozenAdapter, SeparateModel])
 def test_a_distribution_is_that_of_the_log_probs(kind: type) -> None:
-    policy = Scorer(adapted(), layout="packed")
+    policy = Scorer(training(), layout="packed")
     reference = kind(policy)
     batch = policy.pack(GROUPS)
     assert isinstance(reference, LiveReference)

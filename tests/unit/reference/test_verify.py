@@ -1,6 +1,8 @@
 import statistics
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +16,17 @@ from fiducial.logps import TokenLogps
 from fiducial.model.adapters import freeze_copy, new_adapter
 from fiducial.model.loader import unfreeze
 from fiducial.model.scoring import Scorer
-from fiducial.reference.noise import measure_noise, same_arithmetic
-from fiducial.reference.sources import AdapterOff, FrozenAdapter, InitialPolicy, Reference, SeparateModel
+from fiducial.reference.cache import LogpStore
+from fiducial.reference.identity import Identity
+from fiducial.reference.noise import ALLOWANCE, measure_noise, same_arithmetic
+from fiducial.reference.sources import (
+    AdapterOff,
+    FrozenAdapter,
+    InitialPolicy,
+    Precomputed,
+    Reference,
+    SeparateModel,
+)
 from fiducial.reference.verify import (
     check_unmoved,
     probe_adapter,
@@ -125,15 +136,36 @@ def test_the_noise_is_that_of_other_batch_shapes() -> None:
     assert few.nats == pytest.approx(6e-6, abs=3e-6)  # 8 sequences against 2
     assert many.nats == pytest.approx(40e-6, abs=3e-6)  # 8 sequences against 48
     assert many.tolerance(same_arithmetic=True) == pytest.approx(4 * many.nats)
+    proof = prove_reference(
+        shaped, InitialPolicy(shaped), GROUPS, expected_equal=True, pass_tokens=6 * batch.input_ids.numel()
+    )
+    assert proof.noise == many
 
 
-def test_another_way_of_computing_the_same_is_allowed_its_own_rounding() -> None:
-    plain, dora = adapted(), adapted(use_dora=True)
+def test_the_noise_is_that_of_the_products_precision() -> None:
+    policy = padded(tiny_model(), torch.bfloat16)
+    _, noise = measure_noise(policy, GROUPS, policy.pack(GROUPS))
+    assert noise.dtype == torch.bfloat16
+
+
+def test_another_way_of_computing_the_same_is_allowed_its_own_rounding(tmp_path: Path) -> None:
+    plain, dora, orthogonal = adapted(), adapted(use_dora=True), adapted(init_lora_weights="orthogonal")
     assert same_arithmetic(plain, AdapterOff(plain))
     assert not same_arithmetic(dora, AdapterOff(dora))
+    assert not same_arithmetic(orthogonal, AdapterOff(orthogonal))
     assert same_arithmetic(plain, FrozenAdapter(plain))
     assert not same_arithmetic(plain, SeparateModel(padded(tiny_model())))
     assert same_arithmetic(padded(tiny_model()), SeparateModel(padded(tiny_model())))
+    packed = Scorer(tiny_model(), layout="packed")
+    assert not same_arithmetic(padded(tiny_model()), SeparateModel(packed))
+    store = LogpStore(tmp_path, Identity("base", "0", "float32", "None"))
+    for alike in (True, False):
+        assert same_arithmetic(plain, Precomputed(store, same_arithmetic=alike)) is alike
+    tolerances = [
+        prove_reference(each, AdapterOff(each), GROUPS, expected_equal=True).tolerance
+        for each in (plain, dora)
+    ]
+    assert tolerances[0] < ALLOWANCE[torch.float32] <= tolerances[1]
 
 
 def other_weights() -> tuple[Scorer, Reference]:
@@ -230,6 +262,17 @@ def test_log_probs_must_be_finite_even_then() -> None:
         prove_reference(policy, reference, GROUPS, expected_equal=False)
 
 
+def test_not_one_log_prob_may_be_other_than_a_number() -> None:
+    policy = padded(tiny_model())
+    reference = Off(policy, 0.0)
+    proof = prove_reference(policy, reference, GROUPS, expected_equal=True)
+    reference.nats = torch.nan
+    with pytest.raises(TrainingError, match="reference's log-probs are not finite"):
+        prove_reference(policy, reference, GROUPS, expected_equal=False)
+    with pytest.raises(TrainingError, match="has moved"):
+        check_unmoved(proof, policy, reference, GROUPS)
+
+
 def test_proving_changes_nothing() -> None:
     policy = adapted(dropout=0.5)
     policy.model.train()
@@ -250,6 +293,13 @@ def test_a_reference_that_stays_is_unmoved_and_one_that_moves_is_caught() -> Non
                 check_unmoved(proof, policy, reference, GROUPS)
         else:
             assert check_unmoved(proof, policy, reference, GROUPS) == 0
+
+
+def test_another_policy_that_stays_is_unmoved() -> None:
+    policy, reference = other_weights()
+    proof = prove_reference(policy, reference, GROUPS, expected_equal=False)
+    nudge(policy.model)
+    assert check_unmoved(proof, policy, reference, GROUPS) == 0
 
 
 def test_the_frozen_adapter_is_proved_and_unmoved() -> None:
@@ -306,4 +356,20 @@ def test_the_probe_stops_what_trains_outside_the_adapter(bias: str) -> None:
     assert probe.on_equals_off
     assert probe.off_movement > 0.01
     with pytest.raises(PlanError, match=r"would move with the policy: .*(bias|norm)"):
+        require_adapter_off(scorer, GROUPS)
+
+
+def test_the_probe_stops_what_trains_where_no_token_of_the_sample_goes() -> None:
+    scorer = adapted()
+    scorer.model.get_base_model().expert = torch.nn.Linear(2, 2)  # type: ignore[operator]  # a PeftModel
+    assert probe_adapter(scorer, GROUPS).off_movement == 0
+    with pytest.raises(PlanError, match=r"would move with the policy: .*expert"):
+        require_adapter_off(scorer, GROUPS)
+
+
+def test_the_probe_stops_an_adapter_that_off_does_not_switch_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AdapterOff, "switch", lambda self, part: nullcontext())
+    scorer = adapted()
+    assert probe_adapter(scorer, GROUPS).on_equals_off
+    with pytest.raises(PlanError, match="would move with the policy"):
         require_adapter_off(scorer, GROUPS)
