@@ -23,6 +23,8 @@ from fiducial.reference.precision import sees_gpu
 
 _FOLDER = "known"
 _READ_BY_LOADER = (".safetensors", ".bin", ".json")
+_SHAPES_ROWS = {"path", "special_tokens", "tokens", "resize_embeddings_to_32x", "mean_resizing_embeddings"}
+"""Settings of the tokenizer by which embeddings grow, and what their new rows are."""
 
 
 def remember(cfg: RunConfig, plan: ReferencePlan, identity: str) -> None:
@@ -75,10 +77,11 @@ def _path(cfg: RunConfig, plan: ReferencePlan) -> Path | None:
 def _settings(cfg: RunConfig, plan: ReferencePlan) -> dict[str, Any]:
     """Everything that shapes the weights and their precision; a training setting has no place here."""
     adapter = None if plan.source is Source.ADAPTER_OFF or cfg.adapter is None else cfg.adapter.model_dump()
-    draws = cfg.model.reinit_weights or cfg.tokenizer.tokens or adapter is not None
+    rows = cfg.tokenizer.model_dump(include=_SHAPES_ROWS, exclude_defaults=True)
+    draws = cfg.model.reinit_weights or rows or adapter is not None
     return {
         "model": cfg.model.model_dump(),
-        "tokens": [cfg.tokenizer.tokens, cfg.tokenizer.resize_embeddings_to_32x],
+        "rows": rows,
         "adapter": adapter,
         "source": plan.source,
         "reference": cfg.reference.model_dump(exclude={"source", "schedule", "cache", "flush_seconds"}),

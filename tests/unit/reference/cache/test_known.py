@@ -24,6 +24,12 @@ def test_a_plan_counts_the_records_of_its_reference(tmp_path: Path) -> None:
     assert told(settings | {"learning_rate": 1e-5, "seed": 5, "rl": "ipo"}) == 24
     assert told(settings | {"bf16": "full"}) is None
     assert told(settings | {"reference": {"schedule": "live"}}) is None
+    for another in (
+        {"special_tokens": {"pad_token": "<fill>"}},
+        {"tokens": ["<new>"]},
+        {"reinit_weights": True},
+    ):
+        assert told(settings | another) is None, another
     path = Path(settings["base_model"]) / "model.safetensors"
     weights = load_file(path)
     weights["model.norm.weight"] += 1
