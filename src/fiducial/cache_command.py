@@ -94,10 +94,10 @@ def _list(location: str | None) -> None:
         return
     table = Table(title=Text(inventory.shown, style="bold"), title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("reference", overflow="fold")
-    table.add_column("precision")
+    table.add_column("precision", overflow="fold")
     for name in ("records", "size", "last used"):
-        table.add_column(name, justify="right")
-    table.add_column("identity")
+        table.add_column(name, justify="right", overflow="fold")
+    table.add_column("identity", overflow="fold")
     for each in references:
         table.add_row(
             Text(_name(each)),

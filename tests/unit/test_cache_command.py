@@ -76,6 +76,13 @@ def test_it_lists_and_verifies_what_runs_have_scored(
     assert "24 records of 1 references" in words(verified)
 
 
+def test_a_narrow_terminal_loses_nothing(cache: Cache, tmp_path: Path) -> None:
+    filled(tmp_path)
+    listed = CliRunner(env={"COLUMNS": "50"}).invoke(cli.app, ["cache", "list"]).output
+    assert "base-llama" in "".join(line[2:7] for line in listed.splitlines())
+    assert "…" not in listed
+
+
 def test_verify_names_what_is_damaged(cache: Cache, tmp_path: Path, reference_cache: Path) -> None:
     filled(tmp_path)
     [file] = reference_cache.glob("*/*.arrow")
