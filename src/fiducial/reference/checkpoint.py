@@ -105,7 +105,8 @@ def open_checkpoint(location: str, revision: str | None, *, key: str) -> Checkpo
             f"{key}: {location} is a file. Give the folder that holds config.json and the weights."
         )
     if path.is_absolute() or location.startswith((".", "~")) or location.count("/") > 1:
-        raise ModelError(f"{key}: there is no folder {location}. Check the path.")
+        looked = "" if path.is_absolute() else f" (looked in {Path.cwd()})"
+        raise ModelError(f"{key}: there is no folder {location}{looked}. Check the path.")
     return CheckpointFiles(key, location, revision, None)
 
 

@@ -127,6 +127,8 @@ def test_a_named_reference_is_read_too(base: Path, tmp_path: Path) -> None:
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"base_model: there is no folder .*nowhere"):
         gather(tmp_path / "nowhere")
+    with pytest.raises(ModelError, match=rf"no folder \./nowhere \(looked in {Path.cwd()}\)"):
+        gather("./nowhere")
     (tmp_path / "weights.bin").touch()
     with pytest.raises(ModelError, match="is a file"):
         gather(tmp_path / "weights.bin")
