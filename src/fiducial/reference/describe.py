@@ -151,6 +151,7 @@ def _memory(cfg: RunConfig, memory: MemoryEstimate) -> Report:
         "peak_bytes": memory.peak,
         "held": list(memory.held),
         "assumes": None,
+        "caveat": memory.caveat,
     }
 
 
@@ -276,7 +277,7 @@ def _memory_table(memory: Report) -> Table:
         title_justify="left",
         box=box.SIMPLE_HEAD,
         show_footer=True,
-        caption=memory["assumes"],
+        caption="\n".join(filter(None, (memory["assumes"], memory["caveat"]))) or None,
         caption_justify="left",
     )
     table.add_column("", footer="peak")

@@ -5,6 +5,7 @@ moments are compared: scoring the reference ahead of time (its weights, no gradi
 are per process and without what the allocator wastes.
 """
 
+import sys
 from dataclasses import dataclass
 
 from fiducial.config.schema import RunConfig
@@ -28,6 +29,12 @@ LARGEST_BUDGET = {"cpu": 3_072, "gpu": 16_384}
 _KEPT = {"cpu": "in the CPU's memory", "disk": "on disk"}
 _SPARE = 0.8
 """Share of free memory the token budget may fill; the rest is for what the formula does not see."""
+_STAYS_BELOW = 2**25
+"""Bytes of an array. What glibc has handed out at once for larger ones it gives back when they are freed."""
+_CAVEAT = (
+    "On a CPU, what LoRA's layers free may stay with the allocator: a pass can take twice these activations "
+    "(docs/reference.md)."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +47,8 @@ class MemoryEstimate:
     """Which weights are held how often, a line each."""
     longest: int
     """Tokens of the longest group that was counted with."""
+    caveat: str | None = None
+    """What is not in it and can be much, in a sentence."""
 
     def at(self, moment: When) -> int:
         """Bytes needed at once while scoring or training, on the run's own device."""
@@ -87,11 +96,12 @@ def estimate_memory(
         *_reference_parts(cfg, facts, plan, precision, adapter),
         MemoryPart("activations of a training pass", activations, "training"),
     ]
-    if plan.schedule is Schedule.PRECOMPUTED and plan.source is not Source.ENDPOINT:
+    if _scores_ahead(plan):
         scoring = scoring_pass(facts, precision).of(token_budget)
         parts.append(MemoryPart("activations of a scoring pass", scoring, "scoring"))
     held = (_policy_line(cfg, facts, precision), _reference_line(cfg, facts, plan, precision))
-    return MemoryEstimate(tuple(part for part in parts if part.bytes), token_budget, held, longest)
+    caveat = _CAVEAT if _fragments(cfg, facts, precision, tokens) else None
+    return MemoryEstimate(tuple(part for part in parts if part.bytes), token_budget, held, longest, caveat)
 
 
 def auto_token_budget(available_bytes: int, facts: Facts, cfg: RunConfig, *, gpu: bool | None = None) -> int:
@@ -120,6 +130,23 @@ def longest_group(cfg: RunConfig, listed: int | None = None) -> int:
     if cfg.method is None:
         return sequence_len * 2
     return sequence_len * ((cfg.method.num_completions or listed or 2) if cfg.method.paired else 1)
+
+
+def _scores_ahead(plan: ReferencePlan) -> bool:
+    """Whether the reference is scored in passes of its own, as large as the token budget allows."""
+    if plan.schedule is Schedule.SYNCED:
+        return plan.writes_through
+    return plan.schedule is Schedule.PRECOMPUTED and plan.source is not Source.ENDPOINT
+
+
+def _fragments(cfg: RunConfig, facts: Facts, precision: HeldPrecision, tokens: int) -> bool:
+    """Whether arrays that a pass frees stay with the process, in holes that aligned ones do not fit into.
+
+    Under LoRA they are as many as those it keeps (docs/reference.md has the measurements).
+    """
+    array = tokens * facts.model.sizes.hidden * precision.products
+    glibc = sys.platform == "linux"
+    return glibc and not precision.gpu and cfg.adapter is not None and array < _STAYS_BELOW
 
 
 def _beside_gradients(activations: int, cfg: RunConfig, facts: Facts, precision: HeldPrecision) -> int:

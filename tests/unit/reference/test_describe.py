@@ -85,6 +85,8 @@ def test_lists_are_counted_as_long_as_the_first_rows_have_them(
         said = "Counted with 2 completions a list: how many there are is known when the data is loaded."
     assert plan["memory"]["assumes"] == said
     assert " ".join(said.split()) in " ".join(page(plan).split())
+    plan["memory"]["caveat"] = "And one thing more."
+    assert " ".join(said.split()) + " And one thing more." in " ".join(page(plan).split())
     assert of_pairs["memory"]["assumes"] is None
 
 

@@ -1,5 +1,6 @@
 """The arithmetic of the estimate: everything that is held but activations."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,30 @@ def test_a_second_model_is_held_as_long_as_it_is_asked(
     found = [item for item in memory.parts if item.name == "reference model"]
     assert [(item.when, item.bytes) for item in found] == [(when, part(memory, "policy weights") // 2)]
     assert memory.peak == max(memory.at("training"), memory.at("scoring"))
+
+
+def test_a_reference_that_moves_is_scored_in_passes_as_large_as_the_budget(
+    families: dict[str, Path],
+) -> None:
+    def scoring(**reference: Any) -> int:
+        cfg = run_config(families["llama"]).model_copy(
+            update={"reference": ReferenceConfig(source="separate_model", **reference)}
+        )
+        return part(estimate(cfg, 4096), "activations of a scoring pass")
+
+    assert scoring(schedule="synced") == scoring(schedule="precomputed") > 0
+    assert scoring(schedule="live") == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc's allocator")
+def test_what_the_allocator_keeps_under_lora_is_said(families: dict[str, Path]) -> None:
+    lora = run_config(families["llama"], adapter=AdapterConfig(kind="lora", target_linear=True))
+    assert "twice these activations" in (estimate(lora, 1000).caveat or "")
+    assert estimate(run_config(families["llama"]), 1000).caveat is None
+    assert estimate(lora, 1000, gpu=True).caveat is None
+    data = DataConfig(datasets=(DatasetConfig(path="x"),), sequence_len=10**5)
+    longer = lora.model_copy(update={"data": data})
+    assert estimate(longer, 10**5).caveat is None, "large arrays are given back"
 
 
 def test_a_reference_on_the_cpu_does_not_count_on_the_device(families: dict[str, Path]) -> None:
