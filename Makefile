@@ -12,8 +12,8 @@ PYTEST := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 
 help:
 	@echo "make quickstart  align a tiny model in two minutes"
 	@echo "make test        the tests          make check  format, lint, types, tests (what CI runs)"
-	@echo "make bench       what it costs      make fmt    rewrite the code in the house's format"
-	@echo "make docs        rewrite what is made in README.md"
+	@echo "make test-unit   the quick ones     make fmt    rewrite the code in the house's format"
+	@echo "make bench       what it costs      make docs   rewrite what is made: README's tree, docs/losses.md"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -177,7 +177,7 @@ def test_method(settings: dict[str, Any], method: dict[str, Any]) -> None:
         ({"rl": "kto", "dpo_label_smoothing": 0.1}, "it belongs to dpo_loss_type: sigmoid, exo_pair, robust"),
         ({"dpo_loss_type": ["ipo"], "dpo_label_smoothing": 0.1}, "has no effect with ipo"),
         ({"rl": "kto", "dpo_loss_type": ["sigmoid"]}, "has no effect with rl: kto"),
-        ({"dpo_loss_type": "sigmod"}, "dpo_loss_type: sigmod — must be one of sigmoid, hinge, ipo"),
+        ({"dpo_loss_type": "sigmod"}, "dpo_loss_type: sigmod — must be one of sigmoid, "),
         ({"dpo_loss_type": []}, "must be one of sigmoid"),
         ({"dpo_loss_type": [["sigmoid"]]}, "must be one of sigmoid"),
         ({"dpo_loss_type": ["sigmoid", "sigmoid"]}, "names a loss twice"),

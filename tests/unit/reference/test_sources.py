@@ -1,11 +1,12 @@
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel
 
-from fiducial.config.schema import AdapterConfig
+from fiducial.config.schema import AdapterConfig, ScheduleChoice, SourceChoice
 from fiducial.data.batch import pack
 from fiducial.errors import CacheError
 from fiducial.model.adapters import freeze_copy, new_adapter
@@ -49,6 +50,11 @@ def store(tmp_path: Path) -> LogpStore:
 
 def test_every_source_of_the_plan_has_a_builder() -> None:
     assert set(SOURCES) == set(Source) == set(VALID)
+
+
+def test_a_run_may_name_every_source_and_schedule() -> None:
+    assert set(get_args(SourceChoice)) == {"auto", *Source}
+    assert set(get_args(ScheduleChoice)) == {"auto", *Schedule}
 
 
 @pytest.mark.parametrize(("source", "kind"), [

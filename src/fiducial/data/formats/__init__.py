@@ -1,7 +1,7 @@
 """Every way rows may hold preferences, in one table.
 
 Adding a format: write a reader `(row, fields) -> (prompt, completions)`, add its line here, its example to
-`tests/unit/data/test_formats.py`, and its line to `docs/data.md`.
+`tests/format_examples.py`, and its line to `docs/data.md`.
 """
 
 from collections.abc import Mapping
