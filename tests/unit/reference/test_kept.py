@@ -95,12 +95,17 @@ def test_it_is_written_on_the_way_and_at_the_end(tmp_path: Path, monkeypatch: py
     with pytest.raises(KeyboardInterrupt), written_at_the_end(reference):
         raise KeyboardInterrupt
     assert len(LogpStore(tmp_path, IDENTITY)) == 8
+    often, _ = kept(tmp_path / "often", flush_seconds=2)
+    ask(often, GROUPS[:1])
+    assert len(LogpStore(tmp_path / "often", IDENTITY)) == 2
 
 
 def test_what_another_run_writes_meanwhile_is_read(tmp_path: Path) -> None:
     (first, _), (second, live) = kept(tmp_path), kept(tmp_path)
     ask(first, GROUPS)
     first.write()
+    second.flush()
+    assert len(second.store) == 0, "what is read stays as it is until others are looked at"
     second.write()
     ask(second, GROUPS)
     assert live.asked == []

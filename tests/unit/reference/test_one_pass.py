@@ -219,6 +219,8 @@ def test_processes_share_the_policys_pass_or_none_does(
         policy(policy.pack(GROUPS))
     answer()
     assert counted == [1], "another process has records of some of its rows, and makes a pass for the others"
+    kept.token_logps(policy.pack(GROUPS))
+    assert counted == [1, 1], "another process lacks some, and a sharded model needs this one in its pass"
 
 
 def test_a_reference_with_its_own_pass_makes_it_first() -> None:

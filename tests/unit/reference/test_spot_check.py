@@ -1,12 +1,16 @@
 """Records whose checksums are right and whose numbers are wrong are found, named, and scored again."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from rich.console import Console
 
+from fiducial.data.batch import PackedBatch
 from fiducial.data.tokenize import TokenizedGroup
+from fiducial.logps import TokenLogps
 from fiducial.model.scoring import Scorer
 from fiducial.reference.cache import LogpStore, score_reference
 from fiducial.reference.fill import fill
@@ -69,6 +73,59 @@ def test_a_small_shift_of_one_token_is_no_rounding(tmp_path: Path) -> None:
             store.put(key, shifted, group)
     store.flush()
     assert len(spot_check(GROUPS, InitialPolicy(scorer), scorer, store).distrusted) == 1
+
+
+def test_every_wrong_file_is_found_though_a_few_groups_are_looked_at(tmp_path: Path) -> None:
+    for group in GROUPS:
+        scored_by(1, tmp_path, [group])
+    store, scorer = LogpStore(tmp_path, IDENTITY), policy()
+    found = spot_check(GROUPS, InitialPolicy(scorer), scorer, store)
+    assert (len(found.distrusted), len(store)) == (6, 0)
+    assert (found.completions, found.max_difference) == (0, 0), "what is not used says nothing of what is"
+
+
+def test_it_is_the_file_of_each_record_that_is_distrusted(tmp_path: Path) -> None:
+    firsts = [TokenizedGroup(group.prompt, group.completions[:1]) for group in GROUPS]
+    scored_by(0, tmp_path, firsts)
+    store, scorer = LogpStore(tmp_path, IDENTITY), policy()
+    found = spot_check(GROUPS, InitialPolicy(scorer), scorer, store)
+    assert (found.completions, found.distrusted) == (4, ()), "of groups with some records these are compared"
+    [right] = store.folder.glob("*.arrow")
+    scored_by(1, tmp_path, GROUPS)
+    store = LogpStore(tmp_path, IDENTITY)
+    found = spot_check(GROUPS, InitialPolicy(scorer), scorer, store)
+    assert [path == right for path in found.distrusted] == [False]
+
+
+def test_any_group_may_be_looked_at(tmp_path: Path) -> None:
+    scored_by(0, tmp_path, GROUPS[:5])
+    scored_by(1, tmp_path, GROUPS[5:])
+    store, scorer = LogpStore(tmp_path, IDENTITY), policy()
+    checks = (spot_check(GROUPS, InitialPolicy(scorer), scorer, store, seed=seed) for seed in range(20))
+    assert any(found.distrusted for found in checks)
+
+
+def test_a_record_of_another_length_is_wrong(tmp_path: Path) -> None:
+    true, store, scorer = scored_by(0, tmp_path / "true"), LogpStore(tmp_path, IDENTITY), policy()
+    for group in GROUPS:
+        for key in group.keys:
+            store.put(key, np.append(true.get(key), np.float32(-1)))
+    store.flush()
+    assert spot_check(GROUPS, InitialPolicy(scorer), scorer, store).distrusted
+
+
+def test_what_changes_with_the_shape_of_a_pass_is_rounding(tmp_path: Path) -> None:
+    scored_by(0, tmp_path)
+    store, scorer = LogpStore(tmp_path, IDENTITY), policy()
+
+    class DependsOnShape:
+        def token_logps(self, batch: PackedBatch) -> TokenLogps:
+            logps = InitialPolicy(scorer).token_logps(batch)
+            return replace(logps, values=logps.values + 1e-3 * batch.num_sequences)
+
+    found = spot_check(GROUPS, DependsOnShape(), scorer, store)
+    assert found.distrusted == ()
+    assert found.tolerance == pytest.approx(4e-3, rel=0.1)
 
 
 def test_records_cut_short_are_compared_too(tmp_path: Path) -> None:

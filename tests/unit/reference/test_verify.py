@@ -11,12 +11,14 @@ from transformers import PreTrainedModel
 
 from fiducial.config.schema import AdapterConfig
 from fiducial.data.batch import PackedBatch
-from fiducial.errors import ModelError, PlanError, TrainingError
+from fiducial.errors import DataError, ModelError, PlanError, TrainingError
 from fiducial.logps import TokenLogps
 from fiducial.model.adapters import freeze_copy, new_adapter
 from fiducial.model.loader import unfreeze
 from fiducial.model.scoring import Scorer
+from fiducial.reference import everywhere
 from fiducial.reference.cache import LogpStore
+from fiducial.reference.everywhere import require_same_everywhere
 from fiducial.reference.identity import Identity
 from fiducial.reference.noise import ALLOWANCE, measure_noise, same_arithmetic
 from fiducial.reference.sources import (
@@ -373,3 +375,19 @@ def test_the_probe_stops_an_adapter_that_off_does_not_switch_off(monkeypatch: py
     assert probe_adapter(scorer, GROUPS).on_equals_off
     with pytest.raises(PlanError, match="would move with the policy"):
         require_adapter_off(scorer, GROUPS)
+
+
+def test_processes_that_read_other_rows_or_hear_no_number_are_stopped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    policy = padded(tiny_model())
+    proof = prove_reference(policy, InitialPolicy(policy), GROUPS, expected_equal=True)
+    require_same_everywhere(proof, GROUPS)
+    keys = [key for group in GROUPS for key in group.keys]
+    for said, error in (
+        ((keys[::-1], proof.reference_logps.tolist()), DataError),
+        ((keys, [torch.nan] * proof.num_tokens), ModelError),
+    ):
+        monkeypatch.setattr(everywhere, "from_first", lambda make, said=said: said)
+        with pytest.raises(error, match=r"first process"):
+            require_same_everywhere(proof, GROUPS)
