@@ -332,5 +332,6 @@ def _leftovers(settings: Settings) -> Outcomes:
             )
     if "gradient_checkpointing_kwargs" in settings and not settings.get("gradient_checkpointing"):
         yield Note("gradient_checkpointing_kwargs", "gradient_checkpointing is off")
-    if "hub_strategy" in settings and "hub_model_id" not in settings:
-        yield Note("hub_strategy", "nothing is pushed without hub_model_id")
+    for key in ("hub_strategy", "hub_private_repo"):
+        if key in settings and "hub_model_id" not in settings:
+            yield Note(key, "nothing is pushed without hub_model_id")

@@ -33,7 +33,7 @@ _SAME_NAME = {
     "evaluation": "metric_for_best_model greater_is_better load_best_model_at_end early_stopping_patience",
     "distributed": "ddp_timeout ddp_bucket_cap_mb ddp_broadcast_buffers",
     "output": "output_dir save_total_limit save_only_model logging_steps log_entropy resume_from_checkpoint"
-    " hub_model_id hub_strategy",
+    " hub_model_id hub_strategy hub_private_repo",
 }
 """Section to the fields whose key is the field's name."""
 

@@ -275,6 +275,8 @@ class OutputConfig(Section):
     auto_resume: bool = False
     hub_model_id: str | None = None
     hub_strategy: str = "every_save"
+    hub_private_repo: bool = True
+    """Whether a repository that the push makes is private; one that is there stays as it is."""
     loggers: tuple[str, ...] = ()
     """transformers' `report_to` names: tensorboard, wandb, mlflow, trackio, …"""
     run_name: str | None = None

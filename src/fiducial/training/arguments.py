@@ -146,6 +146,7 @@ def _saving(cfg: RunConfig, steps_per_epoch: int) -> dict[str, Any]:
         "push_to_hub": options.hub_model_id is not None,
         "hub_model_id": options.hub_model_id,
         "hub_strategy": options.hub_strategy,
+        "hub_private_repo": options.hub_private_repo,
     }
 
 

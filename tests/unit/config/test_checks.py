@@ -337,6 +337,7 @@ def test_harmless_leftovers_are_noted(tmp_path: Any) -> None:
         "base_model: m\n"
         "gradient_checkpointing_kwargs: {use_reentrant: false}\n"
         "hub_strategy: end\n"
+        "hub_private_repo: true\n"
         "lora_fan_in_fan_out: false\n"
     )
     notes = load_run(path).notes
@@ -344,6 +345,7 @@ def test_harmless_leftovers_are_noted(tmp_path: Any) -> None:
         "lora_fan_in_fan_out",
         "gradient_checkpointing_kwargs",
         "hub_strategy",
+        "hub_private_repo",
     ]
 
 

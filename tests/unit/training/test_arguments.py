@@ -85,7 +85,11 @@ def arguments(rows: int = 100, *, resuming: bool = False, **settings: Any):
             {"ddp_broadcast_buffers": True},
             {"ddp_broadcast_buffers": True, "ddp_find_unused_parameters": False},
         ),
-        ({"hub_model_id": "me/mine"}, {"push_to_hub": True, "hub_model_id": "me/mine"}),
+        (
+            {"hub_model_id": "me/mine"},
+            {"push_to_hub": True, "hub_model_id": "me/mine", "hub_private_repo": True},
+        ),
+        ({"hub_model_id": "me/mine", "hub_private_repo": False}, {"hub_private_repo": False}),
     ],
 )
 def test_a_setting_reaches_transformers(settings: dict[str, Any], expected: dict[str, Any]) -> None:
