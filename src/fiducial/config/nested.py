@@ -33,6 +33,10 @@ _DATASET = table(
     ("field_thinking template_thinking_key split_thinking", no("not in this version; remove it")),
     ("drop_system_message", no("not in this version; remove system messages from the data")),
     ("logprobs_field temperature", no("for distillation; remove it")),
+    (
+        "trust_remote_code",
+        no("datasets no longer runs dataset scripts; remove it, and convert such data to parquet or jsonl"),
+    ),
 )
 _TRL = table(
     ("chat_template_kwargs", no("write it at the top level")),

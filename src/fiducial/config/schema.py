@@ -159,7 +159,6 @@ class DatasetConfig(Section):
     data_files: str | tuple[str, ...] | None = None
     ds_type: Literal["json", "csv", "parquet", "arrow", "text"] | None = None
     revision: str | None = None
-    trust_remote_code: bool = False
     shards: PositiveInt | None = None
     """Use one of this many shards."""
     field_messages: str | None = None

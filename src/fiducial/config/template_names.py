@@ -1,6 +1,9 @@
-"""Names of chat templates: those written here, and axolotl's others, which checkpoints bring with them."""
+"""Names of chat templates: those written here, and those that checkpoints or users bring."""
 
 from difflib import get_close_matches
+from pathlib import Path
+
+from fiducial.errors import ConfigError
 
 WRITTEN = (
     *("alpaca", "chatml", "gemma", "llama3", "mistral", "mistral_v1", "mistral_v2v3", "mistral_v3_tekken"),
@@ -40,3 +43,20 @@ def objection(written: str) -> str | None:
         f"is no template here; {hint}there are {', '.join(NAMES)}, {OWN} (the checkpoint's own), "
         f"{FALLBACK}<name>, and jinja with chat_template_jinja"
     )
+
+
+def text_of(jinja: str) -> str:
+    """The template's text that `chat_template_jinja: jinja` holds, or names a file of.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if "{{" in jinja or "{%" in jinja:
+        return jinja
+    path = Path(jinja).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"chat_template_jinja: '{jinja}' is neither a template's text nor a file.")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"chat_template_jinja: '{jinja}' is not UTF-8 text: {error}.") from error

@@ -51,7 +51,6 @@ def open_dataset(config: DatasetConfig, *, where: str, num_proc: int | None = No
 
 def open_saved(config: DatasetConfig, where: str) -> Dataset | DatasetDict | None:
     """A dataset that `save_to_disk` wrote, with `split` applied; None where the path is no such folder."""
-    _refuse_scripts(config, where)
     path = Path(config.path).expanduser()
     if not _is_saved(path):
         return None
@@ -174,14 +173,6 @@ def pick_split(opened: Rows | dict[str, Rows], where: str, place: str) -> Rows:
     if "train" in opened and not where.startswith("test_"):
         return opened["train"]
     raise DataError(f"{place} has the splits {', '.join(opened)}. Say which one with {where}.split.")
-
-
-def _refuse_scripts(config: DatasetConfig, where: str) -> None:
-    if config.trust_remote_code:
-        raise ConfigError(
-            f"{where}.trust_remote_code: datasets no longer runs dataset scripts. Remove it; convert the "
-            f"data to parquet or jsonl if it comes as a script."
-        )
 
 
 def _refuse(config: DatasetConfig, where: str, options: tuple[str, ...], what: str) -> None:

@@ -15,7 +15,7 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from fiducial.config.schema import TokenizerConfig
-from fiducial.config.template_names import ALIASES, FALLBACK, NAMES, OWN, objection
+from fiducial.config.template_names import ALIASES, FALLBACK, NAMES, OWN, objection, text_of
 from fiducial.data.example import Messages, OddRow, Reason, Tool
 from fiducial.errors import ConfigError
 
@@ -113,7 +113,7 @@ def _source(config: TokenizerConfig, tokenizer: PreTrainedTokenizerBase) -> str 
             raise ConfigError(
                 f"chat_template: '{name}' and chat_template_jinja name two templates. Keep one of them."
             )
-        return _text_or_file(jinja)
+        return text_of(jinja)
     if name == "jinja":
         raise ConfigError("chat_template: 'jinja' needs chat_template_jinja, the template's text or file.")
     own = _own(tokenizer)
@@ -139,15 +139,3 @@ def _own(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 def _named(name: str) -> str:
     return (FOLDER / f"{ALIASES.get(name, name)}.jinja").read_text(encoding="utf-8")
-
-
-def _text_or_file(jinja: str) -> str:
-    if "{{" in jinja or "{%" in jinja:
-        return jinja
-    path = Path(jinja).expanduser()
-    if not path.is_file():
-        raise ConfigError(f"chat_template_jinja: '{jinja}' is neither a template's text nor a file.")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"chat_template_jinja: '{jinja}' is not UTF-8 text: {error}.") from error

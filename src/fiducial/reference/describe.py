@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fiducial.config.schema import DatasetConfig, RunConfig
+from fiducial.config.template_names import text_of
 from fiducial.data.formats import require_known_types
 from fiducial.hub import is_hub_name
 from fiducial.reference.alternatives import alternatives, relative_time
@@ -39,12 +40,14 @@ def plan_run(cfg: RunConfig) -> Report:
     """Everything `fiducial plan` says of a run.
 
     Raises:
-        ConfigError: the type of a dataset is no format's name.
+        ConfigError: the type of a dataset is no format's name, or a chat template's file is not there.
         ModelError: a checkpoint cannot be used.
         PlanError: the reference that was asked for would not be the one the loss needs.
     """
     if cfg.data is not None:
         require_known_types(cfg.data)
+    if cfg.tokenizer.chat_template_jinja is not None:
+        text_of(cfg.tokenizer.chat_template_jinja)
     facts = gather_facts(cfg)
     plan = plan_reference(cfg, facts)
     lists, budget = assumed_lists(cfg), _token_budget(cfg, facts, plan)

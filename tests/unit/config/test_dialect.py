@@ -266,6 +266,7 @@ def test_a_refusal_says_what_to_do(key: str, value: Any, message: str) -> None:
             {"path": "a", "roles_to_train": ["x"]},
             "preference losses score every completion token",
         ),
+        ("datasets", {"path": "a", "trust_remote_code": True}, "no longer runs dataset scripts"),
         ("trl", {"num_generations": 8}, "trl.num_generations: 8 — for methods that generate"),
         ("reference", {"sorce": "auto"}, "reference.sorce: auto — unknown key; did you mean source?"),
         ("reference", {"source": "base"}, "reference.source: base — must be one of auto, none, adapter_off"),
@@ -286,7 +287,7 @@ def test_harmless_keys_inside_a_key_are_left_out() -> None:
     settings = {"base_model": "m", "rl": "dpo", "datasets": [{"path": "a"}]}
     harmless = settings | {
         "trl": {"sync_ref_model": False, "vllm_server_port": 8000},
-        "datasets": [{"path": "a", "preprocess_shards": 4, "roles_to_train": None}],
+        "datasets": [{"path": "a", "preprocess_shards": 4, "trust_remote_code": False}],
     }
     assert validate_config(harmless) == validate_config(settings)
 

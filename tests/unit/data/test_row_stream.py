@@ -58,7 +58,6 @@ def test_every_iteration_begins_at_the_first_row(tmp_path: Path) -> None:
         ({"split": "train+test"}, "needs the number of rows"),
         ({"shards": 2}, r"datasets\.0\.shards: .*train\[:1000\]"),
         ({"revision": "main"}, r"datasets\.0\.revision: has no effect on a single file"),
-        ({"trust_remote_code": True}, "no longer runs dataset scripts"),
     ],
 )
 def test_options_a_stream_cannot_honour(tmp_path: Path, options: dict[str, Any], says: str) -> None:

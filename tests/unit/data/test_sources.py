@@ -123,7 +123,6 @@ def test_a_column_of_two_types_names_the_file(tmp_path: Path) -> None:
             DataError,
             "is not here and not cached, and the hub cannot be reached",
         ),
-        ({"path": "owner/name", "trust_remote_code": True}, ConfigError, "no longer runs dataset scripts"),
         (
             {"path": "owner/name", "ds_type": "json"},
             ConfigError,

@@ -20,6 +20,7 @@ from fiducial.config.schema import (
     OptimizationConfig,
     ReferenceConfig,
     RunConfig,
+    TokenizerConfig,
 )
 from fiducial.errors import ConfigError
 from fiducial.reference.describe import plan_run, render_plan
@@ -134,6 +135,11 @@ def test_a_step_is_counted_in_what_the_method_learns_from(
     assert report["batch"]["steps_per_epoch"] == steps
     assert all(each in page(report) for each in words)
     assert ("taken apart" in page(report)) == (not method.paired)
+
+
+def test_a_template_that_is_not_there_is_told_by_the_plan(base: Path, pairs: Path) -> None:
+    with pytest.raises(ConfigError, match="'gone' is neither a template's text nor a file"):
+        plan_run(run(base, pairs, tokenizer=TokenizerConfig(chat_template_jinja="gone")))
 
 
 def test_the_report_is_json(base: Path, pairs: Path) -> None:
