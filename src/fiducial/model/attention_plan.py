@@ -166,6 +166,14 @@ class MaskNote:
         self.local_size = local_size
         self._visibility: Visibility | None = None
 
+    def __getitem__(self, kept: tuple[slice, ...]) -> "MaskNote":
+        """The note for some of a mask's queries: for all of them, the only ones that are ever asked for.
+
+        Gemma 4 cuts its masks to the queries whose logits are kept before layers that share keys.
+        """
+        assert all(part in (slice(None), slice(0, None)) for part in kept), "queries are left out"
+        return self
+
     def visibility(self, longest: int, device: torch.device) -> Visibility:
         """The function's meaning for sequences of up to `longest` tokens."""
         if self._visibility is None:

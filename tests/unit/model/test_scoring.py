@@ -56,6 +56,18 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 16,
         "first_k_dense_replace": 1,
     },
+    # masks cut to some queries; keys and values of other layers; an embedding of its own for each layer
+    "gemma4_text": _GROUPED
+    | {
+        "head_dim": 8,
+        "global_head_dim": 8,
+        "sliding_window": 8,
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "vocab_size_per_layer_input": 320,
+        "hidden_size_per_layer_input": 8,
+    },
     # logits divided; logits multiplied; a head with bias
     "granite": _GROUPED | {"logits_scaling": 3.0},
     "cohere": _GROUPED | {"logit_scale": 0.5},
