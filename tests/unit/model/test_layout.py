@@ -36,7 +36,7 @@ def test_attention_only_models_are_packed(family: str, autocast: torch.dtype | N
         (
             "lfm2",
             {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]},
-            "conv layers, which carry one sequence into the next",
+            "conv layers, which may carry one sequence into the next",
         ),
     ],
 )
@@ -106,6 +106,17 @@ def test_an_experts_products_may_be_rounded_otherwise(
     monkeypatch.setattr(layout, "_packed_logps", lambda *args: scored(*args) + next(layouts))
     assert choose_layout(tiny_model("mixtral", num_key_value_heads=2), GROUPS, packing=None).layout == then
     assert choose_layout(tiny_model(), GROUPS, packing=None).layout == "padded", "it has no experts"
+
+
+def test_rounding_may_send_a_token_to_another_expert() -> None:
+    model = tiny_model("mixtral", num_key_value_heads=2)
+    assert choose_layout(model, GROUPS, packing=None, autocast=torch.bfloat16).layout == "packed"
+
+
+def test_layers_that_look_at_one_token_are_not_named_as_mixing() -> None:
+    model = tiny_model()
+    model.config.layer_types = ["linear_attention", "mlp", "moe"]
+    assert "has linear_attention layers" in choose_layout(model, GROUPS, packing=None).why
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
