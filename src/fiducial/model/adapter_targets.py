@@ -18,6 +18,9 @@ from transformers.pytorch_utils import Conv1D
 from fiducial.config.schema import ALL_LINEAR, AdapterConfig
 from fiducial.errors import ModelError
 
+_MAMBA = frozenset({"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"})
+"""Model types in which PEFT refuses to adapt `out_proj`."""
+
 
 def choose_targets(cfg: AdapterConfig, model: PreTrainedModel) -> list[str] | str | None:
     """PEFT's `target_modules`; None where the architecture's usual ones are meant.
@@ -36,19 +39,21 @@ def choose_targets(cfg: AdapterConfig, model: PreTrainedModel) -> list[str] | st
             )
         linear = _linear_layers(model)
         others = [name for name in chosen if name != ALL_LINEAR and not _is_found(name, linear)]
-        return [*_in_layers(linear, cfg), *others] if others else _all_linear(linear, cfg)
+        return [*_in_layers(linear, cfg), *others] if others else _all_linear(model, cfg)
     if cfg.target_modules == ALL_LINEAR:
-        return _all_linear(_linear_layers(model), cfg)
+        return _all_linear(model, cfg)
     if isinstance(cfg.target_modules, str):
         return cfg.target_modules
     if chosen or cfg.target_parameters:
         return chosen
     known = model.config.model_type in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-    return None if known else _all_linear(_linear_layers(model), cfg)
+    return None if known else _all_linear(model, cfg)
 
 
-def _all_linear(linear: list[str], cfg: AdapterConfig) -> list[str] | str:
-    return _in_layers(linear, cfg) if cfg.layers_to_transform else ALL_LINEAR
+def _all_linear(model: PreTrainedModel, cfg: AdapterConfig) -> list[str] | str:
+    linear = _linear_layers(model)
+    named = cfg.layers_to_transform or len(linear) < len(list(_linear_modules(model)))
+    return _in_layers(linear, cfg) if named else ALL_LINEAR
 
 
 def _in_layers(linear: list[str], cfg: AdapterConfig) -> list[str]:
@@ -67,15 +72,18 @@ def require_all_found(policy: PeftModel, cfg: AdapterConfig, adapter: str) -> No
             "lora_target_modules", (name for name in targets or () if not _is_found(name, adapted)), policy
         )
     tuner: Any = policy.base_model
-    missing = (name for name in cfg.target_parameters if not _is_found(name, tuner.targeted_parameter_names))
+    parameters: list[str] = tuner.targeted_parameter_names
+    missing = (name for name in cfg.target_parameters if not _is_found(name, parameters))
     _require("lora_target_parameters", missing, policy)
     missing = (name for name in cfg.modules_to_save if not _is_found(name, saved))
     _require("lora_modules_to_save", missing, policy)
     for key, pattern in (
-        ("lora_rank_pattern", config.rank_pattern),
-        ("lora_alpha_pattern", config.alpha_pattern),
+        ("lora_rank_pattern", cfg.rank_pattern),  # PEFT adds its own for fused experts
+        ("lora_alpha_pattern", cfg.alpha_pattern),
     ):
-        unmatched = (each for each in pattern or () if not any(_matches(each, name) for name in adapted))
+        unmatched = (
+            each for each in pattern if not any(_matches(each, name) for name in (*adapted, *parameters))
+        )
         _require(key, unmatched, policy)
     layers = {int(part) for name in adapted for part in name.split(".") if part.isdecimal()}
     beyond = (str(index) for index in cfg.layers_to_transform if index not in layers)
@@ -94,13 +102,25 @@ def _require(key: str, missing: Iterable[str], policy: PeftModel) -> None:
 
 
 def _linear_layers(model: PreTrainedModel) -> list[str]:
-    """Full names of all linear layers but the head, as PEFT takes them for `all-linear`."""
+    """Full names of all linear layers that PEFT takes for `all-linear` (all but the head) and can adapt."""
+    return [name for name, module in _linear_modules(model) if _can_be_adapted(name, module, model)]
+
+
+def _linear_modules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
     head = model.get_output_embeddings()
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head
-    ]
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D) and module is not head:
+            yield name, module
+
+
+def _can_be_adapted(name: str, module: nn.Module, model: PreTrainedModel) -> bool:
+    """Whether an adapter's product can be added to what the linear layer answers.
+
+    A router that is one by class (Llama 4, Phi-3.5-MoE) answers with a choice of experts. Mamba's kernels
+    multiply by `out_proj` themselves, and PEFT refuses it.
+    """
+    kernels = model.config.model_type in _MAMBA and name.endswith("out_proj")
+    return not kernels and not type(module).__name__.endswith("Router")
 
 
 def _names_of(model: nn.Module, kind: type | object) -> Iterator[str]:

@@ -43,6 +43,13 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+SMALL: dict[str, dict[str, Any]] = {
+    "phimoe": {"num_key_value_heads": 2},
+    "mamba": {"state_size": 4},
+    "falcon_h1": {"num_key_value_heads": 2, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_state": 4},
+}
+
+
 def adapted(**options: Any) -> PeftModel:
     return new_adapter(tiny_model(), AdapterConfig(kind="lora", r=4, **options), float32=True)
 
@@ -197,6 +204,37 @@ def test_all_linear_layers_may_be_those_of_some_layers(model_type: str, targets:
     adapted = [name for name in names if "lora_A" in name]
     assert adapted
     assert all(".layers.1." in name for name in adapted)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_the_experts_of_a_mixture_are_linear_layers(family: str) -> None:
+    cfg = AdapterConfig(kind="lora", r=2, target_linear=True)
+    policy = new_adapter(tiny_model(family, num_key_value_heads=2), cfg, float32=True)
+    trained = [name for name, value in policy.named_parameters() if value.requires_grad]
+    assert any(".experts." in name for name in trained)
+
+
+@pytest.mark.parametrize("layers", [(), (1,)])
+@pytest.mark.parametrize(
+    ("family", "left_out"), [("phimoe", "router"), ("mamba", "out_proj"), ("falcon_h1", "mamba.out_proj")]
+)
+def test_linear_layers_that_cannot_be_adapted_are_left_out(
+    family: str, left_out: str, layers: tuple[int, ...]
+) -> None:
+    cfg = AdapterConfig(kind="lora", r=2, target_linear=True, layers_to_transform=layers)
+    policy = new_adapter(tiny_model(family, **SMALL.get(family, {})), cfg, float32=True)
+    adapted = [name for name, _ in policy.named_parameters() if ".lora_A." in name]
+    assert adapted
+    assert not any(f".{left_out}." in name for name in adapted)
+    assert logits(policy).isfinite().all()
+
+
+def test_a_pattern_may_be_of_a_stacked_parameter() -> None:
+    options = {"target_parameters": ("experts.down_proj",), "rank_pattern": {"experts.down_proj": 3}}
+    model = tiny_model("mixtral", num_key_value_heads=2, num_local_experts=2)
+    policy = new_adapter(model, AdapterConfig(kind="lora", r=4, **options), float32=True)
+    ranks = {len(value) for name, value in policy.named_parameters() if ".lora_A." in name}
+    assert ranks == {2 * 3}, "each expert has factors of its own"
 
 
 @pytest.mark.parametrize(
