@@ -85,14 +85,8 @@ class LogpStore:
         """The log-probs of the completion `key`, or None."""
         if key in self._pending:
             return self._pending[key].values
-        found = self._intact(key)
-        if found is not None:
-            return found[1]
-        if key not in self._shortened:
-            return None
-        longer, length = self._shortened[key]
-        found = self._intact(longer)
-        return None if found is None else found[1][:length]
+        found = self._written(key)
+        return None if found is None else found[1]
 
     def put(self, key: str, values: Logps, group: TokenizedGroup | None = None) -> None:
         """Keep a completion's log-probs; `flush` writes them.
@@ -124,7 +118,7 @@ class LogpStore:
 
     def origin(self, key: str) -> Path | None:
         """The file that holds the completion's record; None if there is none, or it is not written yet."""
-        found = self._intact(self._shortened.get(key, (key, 0))[0])
+        found = self._written(key)
         return None if found is None else found[0].path
 
     def distrust(self, path: Path) -> None:
@@ -133,7 +127,6 @@ class LogpStore:
             if shard.path == path:
                 self._by_key.remove(number)
                 self._by_prompt.remove(number)
-        self._shortened.clear()
         self._set_aside(path)
 
     def flush(self) -> None:
@@ -234,6 +227,15 @@ class LogpStore:
         self._by_key.add(shard.keys, len(self._shards))
         self._by_prompt.add(shard.prompts, len(self._shards))
         self._shards.append(shard)
+
+    def _written(self, key: str) -> tuple[Shard, Logps] | None:
+        """A completion's own record, or else the beginning of a longer one's."""
+        own = self._intact(key)
+        if own is not None or key not in self._shortened:
+            return own
+        longer, length = self._shortened[key]
+        found = self._intact(longer)
+        return None if found is None else (found[0], found[1][:length])
 
     def _intact(self, key: str) -> tuple[Shard, Logps] | None:
         """The first record of a completion that is, to the bit, what was written."""

@@ -63,6 +63,8 @@ def test_what_is_put_is_there_after_a_restart(tmp_path: Path) -> None:
     again = open_store(tmp_path)
     assert len(again) == 1
     assert again.get(KEY).tolist() == values.tolist()
+    again.put(KEY, values + 1)
+    assert again.get(KEY).tolist() == values.tolist(), "what was there stays, so that results do not change"
     assert again.get(OTHER) is None
 
 
@@ -252,6 +254,22 @@ def test_a_completion_that_was_cut_is_found_in_the_whole_one(tmp_path: Path) -> 
         assert store.missing(different) is not None
 
 
+def test_a_record_of_its_own_goes_before_the_beginning_of_a_longer_one(tmp_path: Path) -> None:
+    group = next(group for group in GROUPS if min(map(len, group.completions)) > 4)
+    cut = TokenizedGroup(group.prompt, tuple(completion[:3] for completion in group.completions))
+    fill(open_store(tmp_path), [group])
+    store = open_store(tmp_path)
+    assert store.missing(cut) is None
+    [longer] = files(store)
+    other = open_store(tmp_path)
+    other.put(cut.keys[0], np.ones(3, np.float32), cut)
+    other.flush()
+    store.reload()
+    assert store.get(cut.keys[0]).tolist() == [1, 1, 1]
+    assert store.origin(cut.keys[0]) in set(files(store)) - {longer}, "where the numbers come from"
+    assert store.origin(cut.keys[1]) == longer
+
+
 def test_a_file_that_is_not_trusted_serves_nobody(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     fill(store, GROUPS[:2])
@@ -259,6 +277,7 @@ def test_a_file_that_is_not_trusted_serves_nobody(tmp_path: Path) -> None:
     path = store.origin(GROUPS[0].keys[0])
     store.distrust(path)
     assert [store.missing(group) is None for group in GROUPS] == [False, False, True, True]
+    assert [store.knows_prompt(group.prompt) for group in GROUPS] == [False, False, True, True]
     assert len(open_store(tmp_path)) == 4
     fill(store, GROUPS[:2])
     assert store.origin(GROUPS[0].keys[0]) not in (None, path)
