@@ -162,6 +162,14 @@ def test_a_full_disk_is_reported_and_costs_nothing_written(
     assert len(open_store(tmp_path)) == 3
 
 
+def test_a_full_disk_is_no_reason_to_write_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store(tmp_path / "shared", own=tmp_path / "own")
+    refuse(monkeypatch, errno.ENOSPC, tmp_path / "shared")
+    with pytest.raises(CacheError, match="Make room"):
+        fill(store)
+    assert not (tmp_path / "own").exists()
+
+
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
 def test_a_cache_one_may_only_read_is_read_and_the_run_s_own_folder_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
@@ -233,10 +241,54 @@ def test_two_stores_on_one_folder_see_each_other_after_a_reload(tmp_path: Path) 
     fill(first, GROUPS[:2])
     fill(second, GROUPS[1:])
     assert len(second) == 6
-    second.reload()
-    first.reload()
+    assert second.reload()
+    assert first.reload()
     assert len(first) == len(second) == 8
     assert len(files(first)) == 2
+    assert not first.reload(), "there is nothing that another process has written since"
+
+
+def test_of_equal_records_the_oldest_is_read(tmp_path: Path) -> None:
+    stores = [open_store(tmp_path) for _ in range(3)]
+    for number, store in enumerate(stores):
+        store.put(KEY, np.full(2, number, np.float32))
+    for store in stores:
+        store.flush()
+    assert [open_store(tmp_path).get(KEY).tolist() for _ in range(3)] == [[0, 0]] * 3
+
+
+def test_a_file_the_machine_does_not_read_is_left_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, told = open_store(tmp_path), []
+    fill(store)
+
+    def refused(path: str) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fiducial.reference.cache.shards.pa.memory_map", refused)
+        assert len(open_store(tmp_path, told)) == 0
+    assert "cannot be read: Permission denied" in told[0]
+    assert len(open_store(tmp_path)) == 8
+
+
+def test_opening_a_cache_notes_its_use_where_it_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store(tmp_path)
+    fill(store)
+    for path in store.folder.iterdir():
+        os.utime(path, (0, 0))
+
+    def last_used() -> float:
+        [found] = Inventory(str(tmp_path)).references()
+        return found.last_used
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "utime", lambda path: (_ for _ in ()).throw(OSError(errno.EROFS, "Read-only")))
+        assert len(open_store(tmp_path)) == 8
+    assert last_used() == 0
+    open_store(tmp_path)
+    assert last_used() > 0, "what is in use is not pruned"
 
 
 def test_a_completion_that_was_cut_is_found_in_the_whole_one(tmp_path: Path) -> None:

@@ -78,6 +78,7 @@ def test_a_truncated_file_is_refused(file: Path, length: int) -> None:
 def test_no_flipped_bit_is_ever_read_as_a_log_prob(file: Path) -> None:
     content = file.read_bytes()
     written = {record.key: record.values.tobytes() for record in RECORDS}
+    completions = {record.key: record.tokens.tobytes() for record in RECORDS}
     rng = np.random.default_rng(1)
     refused = changed = 0
     for position in rng.integers(0, len(content), 600):
@@ -92,7 +93,9 @@ def test_no_flipped_bit_is_ever_read_as_a_log_prob(file: Path) -> None:
         for row in range(len(shard)):
             values = shard.values(row)
             changed += values is None
-            assert values is None or written[shard.keys[row].tobytes()] == values.tobytes()
+            key, tokens = shard.keys[row].tobytes(), shard.tokens(row)
+            assert values is None or written[key] == values.tobytes()
+            assert tokens is None or completions[key] == tokens.tobytes(), "others would be found in it"
     assert refused > 10
     assert changed > 50
 
