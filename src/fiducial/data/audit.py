@@ -19,7 +19,7 @@ _REMEDIES: Mapping[str, str] = {
     Reason.EMPTY_PROMPT: "Say which column holds the prompt with field_prompt.",
     Reason.LONG: "Raise sequence_len, or write excess_length_strategy: truncate.",
     Reason.LONG_PROMPT: "Raise sequence_len, or write excess_length_strategy: truncate.",
-    Reason.LABEL: "Say which column holds the label with field_label.",
+    Reason.LABEL: "Write true and false there, or 1 and 0, or name another column with field_label.",
 }
 """What helps where no row is left."""
 

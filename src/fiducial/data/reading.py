@@ -5,7 +5,7 @@ from typing import Any
 
 from fiducial.config.schema import DatasetConfig
 from fiducial.data.audit import DatasetAudit
-from fiducial.data.ends import spelled_out
+from fiducial.data.ends import MARKS, spelled_out
 from fiducial.data.example import Content, Messages, OddRow
 from fiducial.data.formats import choose_format
 from fiducial.data.formats.labels import read_scores
@@ -18,6 +18,8 @@ from fiducial.data.tokenize import GroupTokenizer
 NO_GENERATION_PROMPT = "the chat template has no generation prompt: what it puts before an answer is scored"
 TOOLS_UNWRITTEN = "the chat template writes no tools, so that the column is not read"
 CALLS_UNWRITTEN = "the chat template writes no tool calls: they are left out of rows that have them"
+AS_CHAT = {"trl.explicit": "trl.explicit_chat", "kto.trl": "kto.trl_chat", "hh": "hh.chat"}
+"""Formats of plain text that `type: auto` recognises, and what the same rows are as conversations."""
 LOOK_AT = 100
 """Rows `type: auto` decides by."""
 
@@ -47,6 +49,8 @@ def choose_reading(
     if fields is not found:
         account.notes.append(TOOLS_UNWRITTEN)
     account.notes += _odd_template(work, rows)
+    if config.type == "auto" and name in AS_CHAT:
+        account.notes += _passed_over_template(work, rows, AS_CHAT[name])
     return work, account
 
 
@@ -64,6 +68,17 @@ def _odd_template(work: RowTokenizer, rows: Sequence[Mapping[str, Any]]) -> Iter
         written = _rendered(template, tuple({**turn, "content": "1"} for turn in first))
     for mark in spelled_out(written or "", work.tokenize.tokenizer):
         yield f"{mark} is no token of the tokenizer: it is read piece by piece; tokens: ['{mark}'] adds it"
+
+
+def _passed_over_template(work: RowTokenizer, rows: Sequence[Mapping[str, Any]], chat: str) -> Iterator[str]:
+    """That nobody marks the turns of plain text: neither the rows, nor the chat template that is there."""
+    special = (
+        token.content for token in work.tokenize.tokenizer.added_tokens_decoder.values() if token.special
+    )
+    first = next(_examples(work, rows), "")
+    marked = any(mark in first for mark in (*special, *MARKS))
+    if work.tokenize.template is not None and not marked:
+        yield f"read as plain text, without the chat template; type: {chat} writes the same rows with it"
 
 
 def _examples(work: RowTokenizer, rows: Sequence[Mapping[str, Any]]) -> Iterator[Content]:

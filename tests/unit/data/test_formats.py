@@ -118,6 +118,13 @@ def test_a_prompt_that_would_be_overlooked_is_pointed_out(column: str) -> None:
     choose({}, {"source": "web", "chosen": "The sun.", "rejected": "The moon."})
 
 
+def test_a_prompt_in_two_columns_is_not_halved() -> None:
+    """LLaMA-Factory's rows of Alpaca's kind: the instruction alone is not what the answers answer."""
+    row = {"instruction": "Translate.", "input": "The sun.", "chosen": "Le soleil.", "rejected": "El sol."}
+    with pytest.raises(DataError, match=r"columns 'instruction' and 'input' look like parts .* Join them"):
+        choose({}, row)
+
+
 @pytest.mark.parametrize("write_down", [json.dumps, repr, lambda turns: json.dumps(turns[0])])
 def test_conversations_written_as_text_are_pointed_out(write_down: Callable[[Any], str]) -> None:
     asked, chosen, rejected = write_down([USER]), write_down([turn("yes")]), write_down([turn("no")])

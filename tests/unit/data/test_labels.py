@@ -96,6 +96,11 @@ def test_odd_labels_are_counted(fit: Fit) -> None:
     assert data.audit.datasets[0].lengths.keys() == {"prompt", "completion"}
 
 
+def test_labels_in_other_words_are_told_which_to_write(fit: Fit) -> None:
+    with pytest.raises(DataError, match=r"'good'.* Write true and false there, or 1 and 0"):
+        fit(KTOConfig(), [single(0, label="good"), single(1, label="good")])
+
+
 def test_evaluation_data_has_its_own_mismatched_completions(
     fit: Fit, byte_tokenizer: PreTrainedTokenizerFast
 ) -> None:

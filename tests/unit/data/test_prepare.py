@@ -121,8 +121,39 @@ def test_template_without_generation_prompt_is_noted(load: Load) -> None:
     assert chat.audit.datasets[0].notes == [
         "the chat template has no generation prompt: what it puts before an answer is scored"
     ]
-    assert load([pair(0)], tokenizer={"chat_template": "mistral"}).audit.datasets[0].notes == []
+    plain = load([pair(0)], dataset={"type": "trl.explicit"}, tokenizer={"chat_template": "mistral"})
+    assert plain.audit.datasets[0].notes == []
     assert load([GOOD_CHAT]).audit.datasets[0].notes == []
+
+
+@pytest.mark.parametrize(
+    ("row", "chat"),
+    [
+        (pair(0), "trl.explicit_chat"),
+        ({"prompt": "2+2?", "completion": "4", "label": True}, "kto.trl_chat"),
+        (
+            {"chosen": "\n\nHuman: 2+2?\n\nAssistant: 4", "rejected": "\n\nHuman: 2+2?\n\nAssistant: 5"},
+            "hh.chat",
+        ),
+    ],
+)
+def test_a_template_that_plain_text_passes_over_is_noted(
+    load: Load, byte_tokenizer: PreTrainedTokenizerFast, row: dict[str, Any], chat: str
+) -> None:
+    """LLaMA-Factory writes such rows with its template; the type that is named does so here."""
+    assert load([row]).audit.datasets[0].notes == [
+        f"read as plain text, without the chat template; type: {chat} writes the same rows with it"
+    ]
+    written = load([row], dataset={"type": chat})
+    assert written.audit.datasets[0].notes == []
+    assert byte_tokenizer.decode(written.train[0].prompt).startswith("<|im_start|>user\n")
+    byte_tokenizer.chat_template = None
+    assert load([row]).audit.datasets[0].notes == []
+
+
+def test_text_that_is_already_marked_is_no_conversation_to_be_written(load: Load) -> None:
+    marked = {**pair(0), "prompt": "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n"}
+    assert load([marked]).audit.datasets[0].notes == []
 
 
 def test_marks_that_are_no_tokens_are_noted(load: Load) -> None:

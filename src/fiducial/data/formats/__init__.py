@@ -257,10 +257,18 @@ _PROMPTS = ("prompt", "instruction", "question", "query", "input", "problem")
 def _require_no_prompt(config: DatasetConfig, shape: Shape, where: str) -> None:
     """Raise `DataError` for a prompt that would be overlooked: two answers to it often begin alike, too."""
     texts = (name for name, kind in shape.kinds.items() if kind == "text")
-    for name in texts:
-        if get_close_matches(name.lower(), _PROMPTS, n=1, cutoff=0.8):
-            raise DataError(
-                f"{where} ({config.path}): the column '{name}' looks like the prompt, and without it the "
-                f"prompt would be what chosen and rejected begin with. Write field_prompt: {name}, or type: "
-                f"trl.implicit if both answers do begin with the prompt."
-            )
+    alike = [name for name in texts if get_close_matches(name.lower(), _PROMPTS, n=1, cutoff=0.8)]
+    if not alike:
+        return
+    parts = " and ".join(f"'{name}'" for name in alike)
+    raise DataError(
+        f"{where} ({config.path}): "
+        + (
+            f"the column {parts} looks like the prompt, and without it the prompt would be what chosen and "
+            f"rejected begin with. Write field_prompt: {alike[0]}"
+            if len(alike) == 1
+            else f"the columns {parts} look like parts of the prompt. Join them into one, 'prompt', or write "
+            f"field_prompt for the one that holds all of it"
+        )
+        + ", or type: trl.implicit if both answers do begin with the prompt."
+    )
