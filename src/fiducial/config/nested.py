@@ -13,12 +13,17 @@ from fiducial.config.unsupported import Unsupported, drop, no, table
 _GENERATION = "for methods that generate while they train; remove it"
 _ONE_TEMPLATE = "one template serves the whole run; write it at the top level"
 _EVERY_TOKEN = "preference losses score every completion token; remove it"
-_TOKENS = "write message_property_mappings: {role: ..., content: ...}"
+_TOKENS = (
+    "role or from and content or value are read; "
+    "for others write message_property_mappings: {role: ..., content: ...}"
+)
 
 _TEMPLATE = ("chat_template", "chat_template_jinja")
 _DATASET = table(
     (" ".join(_TEMPLATE), no(_ONE_TEMPLATE)),
-    ("message_field_role message_field_content field_human field_model conversation", no(_TOKENS)),
+    ("message_field_role", no(_TOKENS, "role", "from")),
+    ("message_field_content", no(_TOKENS, "content", "value")),
+    ("field_human field_model conversation", no(_TOKENS)),
     ("message_field_training message_field_training_detail", no(_EVERY_TOKEN)),
     ("roles_to_train train_on_eos train_on_eot", no(_EVERY_TOKEN)),
     ("preprocess_shards", drop("how rows are read cannot change the result")),

@@ -110,7 +110,7 @@ OPTIMIZATION = table(
 EVALUATION = table(
     ("do_bench_eval do_causal_lm_eval eval_causal_lm_metrics bench_dataset bench_split", no(_BENCH)),
     ("eval_table_size generate_samples", no(_BENCH)),
-    ("eval_max_new_tokens", drop("evaluation generates nothing")),
+    ("eval_max_new_tokens eval_table_max_new_tokens", drop("evaluation generates nothing")),
     ("num_generation_samples", no(_BENCH, 3)),
     ("generation_max_new_tokens", no(_BENCH, 50)),
     ("generation_temperature", no(_BENCH, 0.7)),

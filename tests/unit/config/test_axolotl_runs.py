@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from fiducial.config.load import LoadedRun, load_run
+from fiducial.errors import ConfigError
 
 LORA_DPO = """\
 base_model: org/instruct-8b
@@ -267,6 +268,15 @@ def test_lora_dpo(tmp_path: Path) -> None:
         "sample_packing",
         "pad_to_sequence_len",
     }
+
+
+def test_older_files_name_the_keys_of_a_message_one_by_one(tmp_path: Path) -> None:
+    """What is read anyway is left out; another name is to be written as it is written now."""
+    older = "    message_field_role: from\n    message_field_content: value\n"
+    text = FULL_DPO.replace("    type: chatml.intel\n", "    type: chat_template.default\n" + older)
+    assert sum("message_field_" in note for note in load(tmp_path, text).notes) == 2
+    with pytest.raises(ConfigError, match=r"message_field_role: who — .* write message_property_mappings"):
+        load(tmp_path, text.replace("role: from", "role: who"))
 
 
 def test_local_files_may_be_named_without_a_path(tmp_path: Path) -> None:

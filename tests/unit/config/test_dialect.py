@@ -113,6 +113,22 @@ def test_what_other_tools_call_a_key_leads_to_keys_that_are_there() -> None:
         assert first[0] in dialect.SUPPORTED | outer, words
 
 
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("tokenizer_name_or_path", "tokenizer_config"),
+        ("dataset_mixer", "datasets: [{path"),
+        ("pref_bco_weight", "bco_pair"),
+        ("orpo_beta", "orpo_alpha"),
+        ("liger_swiglu", "liger_glu_activation"),
+        ("hub_token", "export HF_TOKEN"),
+        ("upcast_layernorm", "remove it"),
+    ],
+)
+def test_a_key_of_another_tool_is_not_taken_for_one_that_is_spelt_alike(key: str, meant: str) -> None:
+    assert meant in dialect.suggest(key)
+
+
 def test_an_unknown_key_is_neither() -> None:
     assert "rl_beat" not in dialect.SUPPORTED
     assert dialect.unsupported("rl_beat") is None
