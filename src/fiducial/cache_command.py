@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fiducial.cli_arguments import Debug, Overrides, RunFile
 from fiducial.config.schema import RunConfig
 from fiducial.errors import CacheError, ConfigError
 
@@ -34,13 +35,13 @@ def build(
     app = typer.Typer(no_args_is_help=True, help="Look into the cache of reference log-probs, and prune it.")
 
     @app.command("list")
-    def list_(cache: Cache = None, debug: bool = False) -> None:
+    def list_(cache: Cache = None, debug: Debug = False) -> None:
         """List the references whose log-probs are kept, the last used first."""
         with reporting(debug):
             _list(cache)
 
     @app.command()
-    def verify(cache: Cache = None, debug: bool = False) -> None:
+    def verify(cache: Cache = None, debug: Debug = False) -> None:
         """Read every record and compare it with its checksum. Changes nothing."""
         with reporting(debug):
             _verify(cache)
@@ -55,24 +56,20 @@ def build(
         ] = None,
         dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
         cache: Cache = None,
-        debug: bool = False,
+        debug: Debug = False,
     ) -> None:
         """Remove what has not been used for long, or what is too much; and leftovers."""
         with reporting(debug):
             _prune(cache, older_than, max_size, dry_run=dry_run)
 
     @app.command()
-    def merge(cache: Cache = None, debug: bool = False) -> None:
+    def merge(cache: Cache = None, debug: Debug = False) -> None:
         """Make few files of the many small ones that scoring leaves. Safe while runs use them."""
         with reporting(debug):
             _merge(cache)
 
     @app.command()
-    def explain(
-        config: Annotated[str, typer.Argument(metavar="RUN.YAML", help="The run's configuration.")],
-        overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
-        debug: bool = False,
-    ) -> None:
+    def explain(config: RunFile, overrides: Overrides = None, debug: Debug = False) -> None:
         """Say what a run will find in its cache, and what differs where it finds nothing."""
         with reporting(debug):
             run = load(config, overrides)

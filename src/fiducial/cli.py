@@ -25,6 +25,7 @@ from rich.markup import escape
 
 from fiducial import cache_command
 from fiducial._version import VERSION
+from fiducial.cli_arguments import Debug, Overrides, RunFile, RunOrFolder
 from fiducial.config.schema import RunConfig
 from fiducial.errors import FiducialError
 
@@ -40,19 +41,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-RunFile = Annotated[str, typer.Argument(metavar="RUN.YAML", help="The run's configuration.")]
-RunOrFolder = Annotated[
-    str,
-    typer.Argument(
-        metavar="RUN", help="The run's YAML, or what it left: its output folder or one of its checkpoints."
-    ),
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the file's, as rl_beta=0.2."),
-]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 # What the machine refuses, whatever the program: no space left, over quota, no permission, read-only.
 _MACHINE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS})

@@ -67,6 +67,7 @@ LAYERS = {
     "fiducial.moving_run": 8,
     "fiducial.assembly": 8,
     "fiducial.cache_report": 9,
+    "fiducial.cli_arguments": 9,
     "fiducial.cache_command": 9,
     "fiducial.merge": 8,
     "fiducial.train": 9,

@@ -11,9 +11,10 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import typer
 from typer.testing import CliRunner, Result
 
 import fiducial
@@ -80,6 +81,15 @@ def test_every_command_explains_itself(fiducial_command: Fiducial, command: str)
 
     assert result.exit_code == 0
     assert "Usage" in result.stdout
+
+
+def test_every_argument_and_option_is_explained() -> None:
+    commands = cast(Any, typer.main.get_command(cli.app)).commands
+    every = [*commands.values(), *commands["cache"].commands.values()]
+
+    assert {command.name for command in every} > {"train", "explain"}
+    for command in every:
+        assert all(parameter.help for parameter in command.params), command.name
 
 
 def test_losses_lists_methods_with_hyperparameters_and_papers(fiducial_command: Fiducial) -> None:
