@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import import_utils
 
 from fiducial.config.load import validate_config
-from fiducial.config.schema import AdapterConfig
+from fiducial.config.schema import AdapterConfig, RunConfig
 from fiducial.model.adapters import new_adapter
 from fiducial.model.loader import ModelLoader, resolve_precision
 from fiducial.model.scoring import Scorer
@@ -20,12 +20,18 @@ from fiducial.reference import checkpoint_weights
 from fiducial.reference.checkpoint_weights import fingerprint_files
 from fiducial.reference.differences import differences
 from fiducial.reference.facts import gather_facts
-from fiducial.reference.fingerprint import fingerprint, fingerprint_model, identify, numeric_settings
+from fiducial.reference.fingerprint import (
+    fingerprint,
+    fingerprint_model,
+    hash_tensor,
+    identify,
+    numeric_settings,
+)
 from fiducial.reference.identity import Identity
 from fiducial.reference.plan import Checkpoint, ReferencePlan, Schedule, Source, plan_reference
 from fiducial.reference.predicted import predict_identity
 from run_configs import run_config
-from tiny import FAMILIES, save_checkpoint, tiny_model
+from tiny import FAMILIES, save_adapter, save_checkpoint, tiny_model
 
 
 def fingerprints_with(**adapter: object) -> tuple[str, str]:
@@ -59,15 +65,26 @@ def test_what_changes_the_answers_changes_the_fingerprint() -> None:
     one_bit = tiny_model()
     with torch.no_grad():
         one_bit.lm_head.weight[-1, -1] = torch.nextafter(one_bit.lm_head.weight[-1, -1], torch.tensor(9.0))
-    others = [one_bit, tiny_model().bfloat16(), tiny_model(rms_norm_eps=0.5), tiny_model(seed=1)]
-    assert len({plain, *map(fingerprint, others)}) == 5
-    _, first = fingerprints_with(alpha=8)
-    _, second = fingerprints_with(alpha=16)
-    assert first != second
+    turned = tiny_model(rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    others = [one_bit, tiny_model().bfloat16(), tiny_model(rms_norm_eps=0.5), tiny_model(seed=1), turned]
+    assert len({plain, *map(fingerprint, others)}) == 6
+    adapters = (
+        {"alpha": 8},
+        {"alpha": 16},
+        {"alpha": 8, "use_rslora": True},
+        {"alpha": 8, "alpha_pattern": {"q_proj": 2}},
+    )
+    assert len({fingerprints_with(**adapter)[1] for adapter in adapters}) == 4
     assert token_rows(1, 2) != token_rows(1, 3)
     renamed = tiny_model()
     renamed.config.pad_token_id, renamed.config._name_or_path = 3, "elsewhere"
+    renamed.config._attn_implementation_autoset = True  # as older versions of transformers left it
     assert fingerprint(renamed) == plain
+
+
+def test_equal_bits_of_another_dtype_or_shape_are_other_weights() -> None:
+    zeros = [torch.zeros(4), torch.zeros(2, 2), torch.zeros(8).half(), torch.zeros(8).bfloat16()]
+    assert len(set(map(hash_tensor, zeros))) == 4
 
 
 def test_the_identity_follows_the_plans_source() -> None:
@@ -142,13 +159,27 @@ SECOND = {"source": "separate_model"}
 def test_an_identity_told_by_files_is_that_of_the_loaded_model(
     tmp_path: Path, settings: dict[str, Any], told_by_files: bool
 ) -> None:
-    cfg = validate_config(run_config(tmp_path, **settings))
-    plan, tokenizer = plan_reference(cfg, gather_facts(cfg)), load_tokenizer(cfg)
-    predicted = predict_identity(cfg, plan, tokenizer)
+    predicted, loaded = identities(validate_config(run_config(tmp_path, **settings)))
     assert (predicted is not None) is told_by_files
-    model: Any = ModelLoader(cfg, tokenizer, reference_model=plan.source is Source.SEPARATE_MODEL).load()[0]
-    loaded = identify(plan, Scorer(model, layout="padded", autocast=resolve_precision(cfg).autocast))
     assert predicted in (None, loaded)
+
+
+def test_files_tell_another_checkpoint_and_no_adapter_merged_into_it(tmp_path: Path) -> None:
+    other, eps = save_checkpoint(tmp_path / "other", seed=1), {"model_config": {"rms_norm_eps": 0.5}}
+    reference: dict[str, Any] = {"model": str(other)}
+    predicted, loaded = identities(validate_config(run_config(tmp_path, reference=reference, **eps)))
+    assert predicted == loaded
+    reference["adapter"] = str(save_adapter(tmp_path / "adapter", other))
+    predicted, _ = identities(validate_config(run_config(tmp_path, reference=reference)))
+    assert predicted is None
+
+
+def identities(cfg: RunConfig) -> tuple[Identity | None, Identity]:
+    """Of the run's reference: as its files tell it, and as it is loaded."""
+    plan, tokenizer = plan_reference(cfg, gather_facts(cfg)), load_tokenizer(cfg)
+    model: Any = ModelLoader(cfg, tokenizer, reference_model=plan.source is Source.SEPARATE_MODEL).load()[0]
+    scorer = Scorer(model, layout="padded", autocast=resolve_precision(cfg).autocast)
+    return predict_identity(cfg, plan, tokenizer), identify(plan, scorer)
 
 
 @pytest.mark.parametrize("tied", [True, False])
