@@ -145,19 +145,15 @@ def _is_saved(path: Path) -> bool:
 
 
 def _slice_saved(saved: Dataset | DatasetDict, config: DatasetConfig) -> Dataset | DatasetDict:
-    """`split` of a saved dataset, slices included, by the library's own grammar."""
+    """`split` of a saved dataset, slices and sums of them included, by the library's own grammar."""
     if config.split is None:
         return saved
     splits = saved if isinstance(saved, DatasetDict) else DatasetDict({"train": saved})
-    name, _, span = config.split.partition("[")
-    if name not in splits:
-        raise ValueError(f"Unknown split '{name}'. Should be one of {list(splits)}.")
-    if not span:
-        return splits[name]
-    lengths = {key: len(rows) for key, rows in splits.items()}
-    instructions = datasets.ReadInstruction.from_spec(config.split).to_absolute(lengths)
-    kept = [index for part in instructions for index in range(part.from_ or 0, part.to or 0)]
-    return splits[name].select(kept)
+    lengths = {name: len(rows) for name, rows in splits.items()}
+    parts = datasets.ReadInstruction.from_spec(config.split).to_absolute(lengths)
+    return datasets.concatenate_datasets(
+        [splits[part.splitname].select(range(part.from_, part.to)) for part in parts]
+    )
 
 
 def pick_split(opened: Rows | dict[str, Rows], where: str, place: str) -> Rows:

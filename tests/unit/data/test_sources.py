@@ -71,7 +71,11 @@ def test_saved_datasets_and_splits(tmp_path: Path) -> None:
     assert opened(tmp_path / "two") == ROWS
     assert opened(tmp_path / "two", split="test") == ROWS[5:]
     assert opened(tmp_path / "two", split="train[-2:]") == ROWS[-2:]
-    with pytest.raises(DataError, match=r"Unknown split 'dev'.*train.*test"):
+    assert opened(tmp_path / "two", split="train[:2]+test[:1]") == [*ROWS[:2], ROWS[5]]
+    assert opened(tmp_path / "two", split="test+train") == [ROWS[5], *ROWS]
+    with pytest.raises(DataError, match=r"has no rows in split 'train\[3:2\]'"):
+        opened(tmp_path / "two", split="train[3:2]")
+    with pytest.raises(DataError, match=r'Unknown split "dev".*train.*test'):
         opened(tmp_path / "two", split="dev")
     with pytest.raises(DataError, match=r"splits train, test.*test_datasets\.0\.split"):
         opened(tmp_path / "two", where="test_datasets.0")
