@@ -66,6 +66,8 @@ def _pairs(settings: Settings) -> Outcomes:
     for first, second in EXCLUSIVE:
         if settings.get(first) and settings.get(second):
             yield Refuse(second, f"contradicts {first}; keep one of them")
+    if settings.get("warmup_steps") == 0 and settings.get("warmup_ratio"):
+        yield Refuse("warmup_ratio", "has no effect with warmup_steps: 0; keep one of them")
     for key, needed, why in NEEDS:
         if settings.get(key) and not settings.get(needed):
             yield Refuse(key, f"needs {needed}: {why}")
@@ -259,16 +261,27 @@ def _evaluation(settings: Settings) -> Outcomes:
     for key in ("early_stopping_patience", "load_best_model_at_end", "metric_for_best_model"):
         if settings.get(key) and not evaluates:
             yield Refuse(key, "needs evaluation; write val_set_size or test_datasets, or remove it")
-    if settings.get("load_best_model_at_end") and settings.get("save_strategy") in ("no", False):
-        yield Refuse("load_best_model_at_end", "needs checkpoints; remove save_strategy: no")
-    elif (
-        settings.get("load_best_model_at_end")
-        and evaluates
-        and _rhythm(settings, "eval") != _rhythm(settings, "save")
-    ):
-        yield Refuse(
-            "load_best_model_at_end", "needs a checkpoint at every evaluation; save as often as you evaluate"
-        )
+    if settings.get("load_best_model_at_end"):
+        if never := _saves_never(settings):
+            yield Refuse("load_best_model_at_end", f"needs checkpoints; remove {never}")
+        elif evaluates and not _saves_the_best(settings):
+            yield Refuse(
+                "load_best_model_at_end",
+                "needs a checkpoint at every evaluation; save as often as you evaluate",
+            )
+
+
+def _saves_never(settings: Settings) -> str | None:
+    """The setting by which no checkpoint is written, if there is one."""
+    if settings.get("save_strategy") in ("no", False):
+        return "save_strategy: no"
+    return "saves_per_epoch: 0" if settings.get("saves_per_epoch") == 0 else None
+
+
+def _saves_the_best(settings: Settings) -> bool:
+    """Whether there is a checkpoint of each evaluation that is the best so far."""
+    best = settings.get("save_strategy") == "best"
+    return best or _rhythm(settings, "eval") == _rhythm(settings, "save")
 
 
 def _rhythm(settings: Settings, what: str) -> tuple[Any, ...]:

@@ -132,8 +132,10 @@ def _strategy(value: Any) -> Any:
 def _when(keys: tuple[str, str, str], strategy: Any, settings: Settings) -> Deciding[Any]:
     """Yields contradictions of the three keys and returns the strategy they mean together."""
     steps, per_epoch, key = keys
-    if steps in settings and settings.get(per_epoch):
+    if steps in settings and per_epoch in settings:
         yield Refuse(per_epoch, f"contradicts {steps}; keep one of them")
+    if strategy not in (None, "no") and settings.get(per_epoch) == 0:
+        yield Refuse(per_epoch, f"contradicts {key}: {strategy}; 0 is never: keep one of them")
     for counting in (steps, per_epoch):
         if settings.get(counting) and strategy not in (None, "steps"):
             yield Refuse(key, f"contradicts {counting}; write {key}: steps, or remove one of them")

@@ -13,6 +13,7 @@ DATA = {"datasets": [{"path": "a"}]}
 STREAM = DATA | {"streaming": True, "max_steps": 5}
 HELD_OUT = DATA | {"val_set_size": 100}
 SERVED = {"endpoint": "http://h/v1", "model": "m"}
+BEST = {"save_strategy": "best", "metric_for_best_model": "eval_loss"}
 LORA = {"adapter": "lora"}
 QLORA = {"adapter": "qlora", "load_in_4bit": True}
 
@@ -24,6 +25,11 @@ QLORA = {"adapter": "qlora", "load_in_4bit": True}
             {"warmup_steps": 5, "warmup_ratio": 0.1},
             "warmup_ratio: 0.1 — contradicts warmup_steps",
             {"warmup_steps": 5},
+        ),
+        (
+            {"warmup_steps": 0, "warmup_ratio": 0.1},
+            "warmup_ratio: 0.1 — has no effect with warmup_steps: 0",
+            {"warmup_steps": 5, "warmup_ratio": 0},
         ),
         (
             {"datasets": "a.jsonl"},
@@ -159,6 +165,11 @@ QLORA = {"adapter": "qlora", "load_in_4bit": True}
             HELD_OUT | {"load_best_model_at_end": True, "eval_steps": 5},
             "needs a checkpoint at every evaluation; save as often as you evaluate",
             HELD_OUT | {"load_best_model_at_end": True, "eval_steps": 5, "save_steps": 5},
+        ),
+        (
+            HELD_OUT | {"load_best_model_at_end": True, "saves_per_epoch": 0},
+            "needs checkpoints; remove saves_per_epoch: 0",
+            HELD_OUT | BEST | {"load_best_model_at_end": True, "eval_steps": 5},
         ),
         (
             HELD_OUT | {"greater_is_better": True},

@@ -89,6 +89,12 @@ def test_evaluation(
         (HELD_OUT | {"eval_strategy": "no", "evaluation_strategy": "no"}, "is the old name of eval_strategy"),
         (HELD_OUT | {"eval_steps": 0}, "eval_steps: 0 — must be a number > 0"),
         (HELD_OUT | {"eval_steps": "x"}, "eval_steps: x — must be a number > 0"),
+        (HELD_OUT | {"eval_steps": 5, "evals_per_epoch": 0}, "evals_per_epoch: 0 — contradicts eval_steps"),
+        (
+            HELD_OUT | {"evals_per_epoch": 0, "eval_strategy": "epoch"},
+            "evals_per_epoch: 0 — contradicts eval_strategy: epoch",
+        ),
+        (DATA | {"save_steps": 5, "saves_per_epoch": 0}, "saves_per_epoch: 0 — contradicts save_steps"),
         (DATA | {"save_steps": 5, "saves_per_epoch": 2}, "saves_per_epoch: 2 — contradicts save_steps"),
         (DATA | {"save_steps": 5, "save_strategy": "epoch"}, "save_strategy: epoch — contradicts save_steps"),
         (DATA | {"save_strategy": "steps"}, "steps needs save_steps or saves_per_epoch"),
