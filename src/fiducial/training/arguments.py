@@ -9,6 +9,7 @@ import math
 import os
 from difflib import get_close_matches
 from enum import Enum
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from fiducial.training.callbacks import BestMetricIsMeasured
 from fiducial.training.optimizer_settings import check_optimizer_settings, optimizer_options
 
 STEPS_INSIDE_BACKWARD = ("lomo", "adalomo")
+FLASH_ATTENTION = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+"""The package of each; transformers takes a kernel from the hub instead where `kernels` is installed."""
 
 
 def training_arguments(
@@ -66,6 +69,7 @@ def check_settings(cfg: RunConfig) -> None:
     _check_name("lr_scheduler", cfg.optimization.lr_scheduler, SchedulerType)
     _check_optimizer(cfg)
     _check_tf32(cfg)
+    _check_attention(cfg)
     _check_launch(cfg)
 
 
@@ -226,6 +230,18 @@ def _check_tf32(cfg: RunConfig) -> None:
             "tf32: true needs an NVIDIA GPU of the Ampere generation or newer, and there is none. Remove it, "
             "or write tf32: auto."
         )
+
+
+def _check_attention(cfg: RunConfig) -> None:
+    asked = cfg.model.attn_implementation
+    package = FLASH_ATTENTION.get(asked or "")
+    if package is None or find_spec(package) or find_spec("kernels"):
+        return
+    raise ConfigError(
+        f"attn_implementation: {asked} needs the package {package}, which is not installed. Install it, or "
+        "remove attn_implementation (or flash_attention: true): packed rows have Fiducial's own attention, "
+        "and it is asked for padded ones alone."
+    )
 
 
 def _check_launch(cfg: RunConfig) -> None:

@@ -102,6 +102,20 @@ def test_logging_follows_the_length_of_the_run(rows: int, steps: int) -> None:
     assert arguments(rows).logging_steps == steps
 
 
+def test_attention_that_is_not_installed_is_missed_before_data_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """axolotl's files all name it, and only padded rows have a use for it."""
+    cfg = validate_config(BASE | {"flash_attention": True})
+    monkeypatch.setattr("fiducial.training.arguments.find_spec", lambda name: None)
+    with pytest.raises(
+        ConfigError, match=r"flash_attention_2 needs .* flash_attn, .*flash_attention: true\)"
+    ):
+        check_settings(cfg)
+    monkeypatch.setattr("fiducial.training.arguments.find_spec", lambda name: object())
+    check_settings(cfg)
+
+
 def test_a_resumed_run_is_not_evaluated_at_its_start_again() -> None:
     assert not arguments(resuming=True, **HELD_OUT).eval_on_start
 
