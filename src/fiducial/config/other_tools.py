@@ -5,7 +5,7 @@ OTHER_NAMES = {
     "kto_beta": "rl_beta",
     "simpo_beta": "rl_beta",
     "orpo_beta": "orpo_alpha",
-    "loss_type": "dpo_loss_type, or cpo_loss_type with rl: cpo",
+    "loss_type": "dpo_loss_type, or cpo_loss_type with rl: cpo, or kto_loss_type with rl: kto",
     "loss_weights": "dpo_loss_weights",
     "rpo_weight": "rpo_alpha",
     "dpo_ld_alpha": "ld_alpha",
