@@ -5,6 +5,7 @@ and change the policy. It is added with a neutral start and the tensors are copi
 """
 
 import copy
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -24,6 +25,7 @@ from fiducial.config.schema import AdapterConfig
 from fiducial.errors import ModelError
 from fiducial.model.adapter_targets import choose_targets, require_all_found
 from fiducial.model.randomness import drawn_from
+from fiducial.model.text_path import beside_text
 
 POLICY_ADAPTER = "default"
 """PEFT's own name for the first adapter, which other programs expect in a saved one."""
@@ -68,6 +70,8 @@ def lora_config(cfg: AdapterConfig, model: PreTrainedModel) -> LoraConfig:
         }
     )
     options = {name: _as_lists(value) for name, value in given.items() if value not in ((), {}, None)}
+    if beside := beside_text(model):
+        options["exclude_modules"] = rf"({'|'.join(map(re.escape, beside))})(\..*)?"
     if cfg.loftq_bits is not None:
         options["loftq_config"] = {"loftq_bits": cfg.loftq_bits}
     try:

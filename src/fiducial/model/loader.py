@@ -25,6 +25,7 @@ from fiducial.model.offload import is_offloaded, layer_placement
 from fiducial.model.precision import Precision, resolve_precision
 from fiducial.model.quantisation import is_quantised, placement, prepare, require_computable
 from fiducial.model.randomness import drawn_from
+from fiducial.model.text_path import freeze_beside_text
 from fiducial.model.tokenizer import require_same_vocabulary
 from fiducial.reference.checkpoint import same_place
 from fiducial.reference.holding import Bits, policy_bits, reference_bits
@@ -71,6 +72,7 @@ class ModelLoader:
         checkpoint = Checkpoint(cfg.model.base_model, cfg.model.revision)
         quantised = self._placement(checkpoint, precision.weights, policy_bits(cfg))
         base = self._load_base(checkpoint, precision.weights, quantised, reinit=cfg.model.reinit_weights)
+        freeze_beside_text(base)
         model: PreTrainedModel | PeftModel = base
         if cfg.adapter is not None:
             model = self._with_adapter(base, precision)
