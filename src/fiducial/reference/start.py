@@ -65,9 +65,8 @@ def names_another_policy(cfg: RunConfig) -> bool:
     if not on_starting_base(cfg):
         return True
     if asked.adapter is not None:
-        return cfg.model.reinit_weights or not _is_resumed(cfg, asked.adapter)
-    starts_there = cfg.adapter is None or adapter_starts_at_identity(cfg)
-    return cfg.model.reinit_weights or not starts_there
+        return not _is_resumed(cfg, asked.adapter)
+    return cfg.adapter is not None and not adapter_starts_at_identity(cfg)
 
 
 def names_another_adapter(cfg: RunConfig) -> bool:
@@ -80,7 +79,8 @@ def on_starting_base(cfg: RunConfig) -> bool:
     asked = cfg.reference
     if asked.model is None:
         return True
-    return same_place(asked.model, cfg.model.base_model) and asked.revision == cfg.model.revision
+    named_again = same_place(asked.model, cfg.model.base_model) and asked.revision == cfg.model.revision
+    return named_again and not cfg.model.reinit_weights  # which draws other weights than the named ones
 
 
 def _is_resumed(cfg: RunConfig, adapter: str) -> bool:

@@ -170,6 +170,13 @@ def test_autocast_errs_no_more_than_naive_autocast(frozen: bool) -> None:
         assert (value - right).norm() <= allowed
 
 
+def test_products_run_in_autocasts_precision() -> None:
+    hidden, weight, _, targets = _inputs(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = token_logps(hidden, weight, targets)
+    assert torch.equal(ours, token_logps(hidden.bfloat16(), weight.bfloat16(), targets))
+
+
 def test_another_target_is_another_number() -> None:
     hidden, weight, _, targets = _inputs()
     ours = token_logps(hidden, weight, (targets + 1) % VOCAB)

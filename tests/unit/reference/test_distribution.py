@@ -37,6 +37,8 @@ def test_it_is_planned_live(method: Any, settings: dict[str, Any], source: Sourc
     assert decision(plan) == (source, Schedule.LIVE)
     assert "its probability of every token" in plan.why
     assert {each.schedule for each in possible_plans(cfg, facts_of(cfg))} == {Schedule.LIVE}
+    streamed = run(method=method, streaming=True, **settings)
+    assert not plan_reference(streamed, facts_of(streamed)).kept
     usual = run(**settings)
     assert plan_reference(usual, facts_of(usual)).schedule is Schedule.PRECOMPUTED
 

@@ -63,6 +63,7 @@ def test_defaults_and_choices() -> None:
             "Remove reference.schedule, or train without",
         ),
         ({"reference": COPY | {"load_in_8bit": True}}, "cannot move", "Remove reference.load_in_8bit"),
+        ({"reference": COPY | {"offload": "disk"}}, "cannot move", "Remove .*reference.offload"),
     ],
 )
 def test_what_cannot_follow(settings: dict[str, Any], why: str, instead: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from fiducial.config.load import validate_config
 from fiducial.config.methods import TDPO1Config
 from fiducial.errors import ModelError, PlanError
 from fiducial.reference.alternatives import alternatives
+from fiducial.reference.checkpoint import TensorFact
 from fiducial.reference.describe import plan_run
 from fiducial.reference.facts import gather_facts
 from fiducial.reference.memory import estimate_memory
@@ -64,6 +66,37 @@ def test_an_adapter_on_the_policys_base_is_held_beside_its_own_where_that_is_exa
     assert decision(plan(ADAPTER | {"schedule": "live"}, adapter=adapter)) == (source, LIVE)
 
 
+@pytest.mark.parametrize("whose", ["adapter", "reference_adapter"])
+@pytest.mark.parametrize(
+    ("more", "source"),
+    [
+        ({}, Source.FROZEN_ADAPTER),
+        ({"modules_to_save": ("lm_head",)}, Source.SEPARATE_MODEL),
+        ({"target_parameters": ("w",)}, Source.SEPARATE_MODEL),
+        ({"layer_replication": ((0, 2), (0, 2))}, None),
+        ({"bias": "all"}, Source.SEPARATE_MODEL),
+        ({"init_lora_weights": "pissa"}, Source.SEPARATE_MODEL),
+        ({"tensors": {"base_model.model.lm_head.weight": TensorFact("F32", (4, 4))}}, Source.SEPARATE_MODEL),
+    ],
+    ids=str,
+)
+def test_what_an_adapter_on_disk_holds_decides_whether_two_stand_side_by_side(
+    whose: str, more: dict[str, Any], source: Source | None
+) -> None:
+    cfg = run(reference=ADAPTER, adapter={"path": "sft"})
+    facts = facts_of(cfg)
+    facts = replace(facts, **{whose: replace(getattr(facts, whose), **more)})
+    if source is None and whose == "reference_adapter":  # such a one cannot be merged either
+        with pytest.raises(PlanError, match="stacks layers"):
+            plan_reference(cfg, facts)
+    else:
+        assert plan_reference(cfg, facts).source is (source or Source.SEPARATE_MODEL)
+
+
+def test_stacked_layers_are_no_place_for_the_references_adapter() -> None:
+    assert plan(ADAPTER, adapter={"layer_replication": ((0, 2),)}).source is Source.SEPARATE_MODEL
+
+
 @pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal", "loftq"])
 def test_a_named_adapter_that_rewrites_the_base_is_not_put_under_the_policy(
     tmp_path: Path, init: str
@@ -110,6 +143,19 @@ def test_quantised_bases_share_their_weights_but_are_not_merged_into() -> None:
     message = refused(ADAPTER | {"source": "separate_model"}, **quantised)
     assert "merging other-sft into quantized weights would round them again" in message
     assert "which picks frozen_adapter here" in message
+
+
+def test_what_is_stored_in_few_bits_cannot_be_merged_into() -> None:
+    cfg = run(reference=ADAPTER | {"model": "other"})
+    facts = facts_of(cfg)
+    assert facts.reference is not None
+    assert plan_reference(cfg, facts).source is Source.SEPARATE_MODEL
+    with pytest.raises(PlanError, match="merging other-sft into quantized weights"):
+        plan_reference(cfg, replace(facts, reference=replace(facts.reference, quantized=True)))
+
+
+def test_what_is_kept_elsewhere_cannot_be_merged_into() -> None:
+    assert "cannot be merged into weights that are kept elsewhere" in refused(ADAPTER | {"offload": "disk"})
 
 
 def test_what_is_held_in_few_bits_cannot_be_merged_into() -> None:

@@ -160,11 +160,17 @@ def test_naming_the_starting_checkpoint_changes_nothing() -> None:
         {"adapter": {"init_lora_weights": "pissa"}},
         {"reinit_weights": True},
         {"revision": "v2"},
+        {
+            "adapter": {"path": "sft"},
+            "reinit_weights": True,
+            "reference": {"model": "base", "adapter": "sft"},
+        },
+        {"adapter": {}, "reinit_weights": True, "reference": {"model": "base", "adapter": "sft"}},
     ],
     ids=str,
 )
 def test_the_base_is_another_policy_where_the_run_does_not_start_from_it(settings: dict[str, Any]) -> None:
-    result = plan(reference={"model": "base"}, **settings)
+    result = plan(**{"reference": {"model": "base"}} | settings)
     assert result.source is Source.SEPARATE_MODEL
     assert not result.equals_starting_policy
 
@@ -221,6 +227,14 @@ def test_contract_a_resumed_adapter_hands_over_nothing_and_warns() -> None:
             "do not add up",
         ),
         (
+            {
+                "adapter": {"init_lora_weights": "olora"},
+                "dtype": "float16",
+                "reference": {"source": "separate_model"},
+            },
+            "do not add up",
+        ),
+        (
             {"adapter": {"layer_replication": ((0, 2),)}, "reference": {"source": "separate_model"}},
             "layers that the checkpoint does not have",
         ),
@@ -236,6 +250,7 @@ def test_contract_a_resumed_adapter_hands_over_nothing_and_warns() -> None:
         ({"adapter": {}, "reference": {"device": "cpu"}}, "cannot have an effect"),
         ({"reference": {"revision": "v1"}}, "without reference.model"),
         ({"method": ORPOConfig(), "reference": {"model": "other"}}, "cannot have an effect"),
+        ({"method": ORPOConfig(), "reference": {"source": "separate_model"}}, "cannot have an effect"),
         ({"method": DPOConfig(beta=0), "reference": {"schedule": "live"}}, "cannot have an effect"),
         (
             {"adapter": {"init_lora_weights": False, "bias": "all"}, "streaming": True},
@@ -281,9 +296,12 @@ def test_a_cache_that_nothing_goes_into_is_refused(
 
 def test_a_merged_copy_is_refused_where_it_would_change_a_tied_weight() -> None:
     cfg = run(adapter={"path": "sft"}, reference={"source": "separate_model"})
-    on_head = {"base_model.model.lm_head.lora_A.weight": TensorFact("F32", (4, 32))}
-    with pytest.raises(PlanError, match="merging it would change both"):
-        plan_reference(cfg, facts_of(cfg, tied=True, tensors=on_head))
+    shape = TensorFact("F32", (4, 32))
+    on_head = {"base_model.model.lm_head.lora_A.weight": shape}
+    for name in ("lm_head.lora_A", "transformer.wte.lora_embedding_A", "gpt_neox.embed_in.lora_embedding_A"):
+        tensors = {f"base_model.model.{name}": shape}
+        with pytest.raises(PlanError, match="merging it would change both"):
+            plan_reference(cfg, facts_of(cfg, tied=True, tensors=tensors))
     assert plan_reference(cfg, facts_of(cfg, tensors=on_head)).source is Source.SEPARATE_MODEL
     assert plan_reference(cfg, facts_of(cfg, tied=True)).source is Source.SEPARATE_MODEL
 

@@ -43,6 +43,7 @@ def plan(reference: Any = LIVE, **settings: Any) -> ReferencePlan:
         ((r"model\.layers\.0\.",), 0),
         ((*UPPER, r"model\.embed_tokens"), 0),
         ((r"nothing",), 0),
+        ((r"layers\.3\.",), 0),
         (None, 0),
     ],
 )
@@ -70,6 +71,8 @@ def test_full_fine_tuning_shares_what_lies_below_what_trains(patterns: Any, laye
         ),
         ({"layers_to_transform": (3,), "target_modules": ("q_proj",), "trainable_token_indices": (1,)}, 0),
         ({"layers_to_transform": (3,), "target_modules": ("q_proj",), "target_parameters": ("w",)}, 0),
+        ({"layers_to_transform": (3,), "target_modules": ("q_proj",), "bias": "all"}, 0),
+        ({"layers_to_transform": (3,), "target_modules": ("q_proj",), "layer_replication": ((0, 4),)}, 0),
     ],
     ids=str,
 )
@@ -199,6 +202,11 @@ def test_the_second_model_holds_what_is_trained() -> None:
     whole = plan({**LIVE, "offload": "disk"}, unfrozen_parameters=UPPER)
     assert (whole.frozen_held_once, whole.shared_layers) == (False, 2)
     assert not plan(unfrozen_parameters=None).frozen_held_once
+    for apart in ({"schedule": "precomputed"}, {"schedule": "live", "model": "other"}):
+        reference = {"source": "separate_model", **apart}
+        assert not plan(reference, unfrozen_parameters=UPPER).frozen_held_once, apart
+    half = plan({**LIVE, "dtype": "bfloat16"}, unfrozen_parameters=UPPER, dtype="float32")
+    assert not half.frozen_held_once, "it holds them otherwise"
 
 
 def test_time_counts_what_is_left_to_compute() -> None:
