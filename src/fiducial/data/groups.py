@@ -9,7 +9,7 @@ from fiducial.errors import DataError
 
 
 def require_groups(data: PreparedData, method: MethodConfig) -> None:
-    """Raise `DataError` unless `method` can compare the groups of `data`.
+    """Raise `DataError` unless `method` can compare the groups of `data`, which are not single completions.
 
     Of streamed data the first groups are looked at: all rows of a dataset are read the same way.
     """
@@ -20,15 +20,14 @@ def require_groups(data: PreparedData, method: MethodConfig) -> None:
 
 
 def _require_size(groups: TokenizedDataset, method: MethodConfig, data: PreparedData) -> None:
-    counts = groups.num_completions
-    wanted = method.num_completions
-    wrong = counts[counts != wanted] if wanted is not None else counts[counts < 2]
-    if not len(wrong):
+    counts, wanted = groups.num_completions, method.num_completions
+    if wanted is None or (counts == wanted).all():
         return
+    wrong = counts[counts != wanted]
     read_as = ", ".join(sorted({f"{account.name} as {account.format}" for account in data.audit.datasets}))
     raise DataError(
         f"datasets: {len(wrong)} of {len(counts)} rows have {_count(wrong)} completions, and "
-        f"{method.written()} compares {wanted or 'two or more'} (read: {read_as}). {_remedy(wanted)}"
+        f"{method.written()} compares {wanted} (read: {read_as}). {_remedy(wanted)}"
     )
 
 
@@ -37,14 +36,12 @@ def _count(counts: np.ndarray) -> str:
     return str(low) if low == high else f"{low} to {high}"
 
 
-def _remedy(wanted: int | None) -> str:
+def _remedy(wanted: int) -> str:
     if wanted == 2:
         return (
             "Write type: ranked.best_and_worst to compare the best completion with the worst, or rl: "
             "plackett_luce to learn from the whole ranking."
         )
-    if wanted is None:
-        return "Give rankings or pairs, or write rl: kto, which learns from single labelled completions."
     return f"Give rows with a list of {wanted} completions, best first (type: ranked)."
 
 

@@ -1,6 +1,7 @@
 """Rows that rank several completions, and pairs with scores: what is read, what a method accepts of it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,7 @@ def test_labelled_steps_of_one_answer_are_no_ranking() -> None:
         (["one", "two"], None, Reason.SCORE),
         (["one", "two"], [1, None], Reason.SCORE),
         (["one", "two"], [1, float("nan")], Reason.SCORE),
+        (["one", "two"], [1, "inf"], Reason.SCORE),
         (["one", " "], [2, 1], Reason.EMPTY_COMPLETION),
         (["one", 2], [2, 1], Reason.NOT_TEXT),
     ],
@@ -172,6 +174,13 @@ def test_a_method_says_what_it_can_compare(
         return
     with pytest.raises(DataError, match=says):
         require_groups(data, method)
+
+
+def test_what_is_evaluated_must_be_comparable_too(load: Load) -> None:
+    lists, pairs = (load([{"prompt": "?", "completions": THREE[:count]}]) for count in (3, 2))
+    require_groups(replace(pairs, evaluation=pairs.sample), DPOConfig())
+    with pytest.raises(DataError, match="1 of 1 rows have 3 completions"):
+        require_groups(replace(pairs, evaluation=lists.sample), DPOConfig())
 
 
 def test_scores_for_all_rows_satisfy_a_method_that_reads_them(load: Load) -> None:
