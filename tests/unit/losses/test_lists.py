@@ -187,6 +187,18 @@ def test_equal_scores_of_a_streamed_row_are_an_error_where_their_difference_need
         objectives[0].compare([equal])
 
 
+def test_metrics_compare_the_best_with_the_others_that_are_there() -> None:
+    ratios, sizes = torch.tensor([4.0, 2.0, 6.0, 6.0, 2.0]), [3, 2]
+    given = comparison(ratios, torch.zeros(5), torch.zeros(5), torch.full((5,), 2), sizes)
+
+    metrics = build_loss(methods.PlackettLuceConfig(beta=0.5))(given).metrics
+
+    assert metrics["rewards/chosen"].tolist() == [2, 3]
+    assert metrics["rewards/rejected"].tolist() == [2, 1]
+    assert metrics["rewards/margins"].tolist() == [0, 2]
+    assert metrics["rewards/accuracies"].tolist() == [0.5, 1]
+
+
 def test_wpo_weighs_each_pair_without_gradient() -> None:
     policy, reference, scores, tokens = drawn([2, 2, 2])
     on_policy = torch.linspace(-3, 1, 6, dtype=torch.float64, requires_grad=True)

@@ -59,6 +59,21 @@ def test_divergences_stay_finite_and_keep_their_sign(kind: str, ratios: tuple[fl
     assert gradient[0] <= 0 <= gradient[1]
 
 
+def test_alpha_divergence_has_an_alpha_of_a_half_unless_set() -> None:
+    tokens = torch.tensor([2, 3])
+    given = comparison(
+        SequenceLogps(torch.tensor([-1.0, -4.0]), tokens), SequenceLogps(-torch.ones(2), tokens)
+    )
+    unset, half, other = (
+        build_loss(methods.DPOConfig(f_divergence_type="alpha_divergence", f_alpha_divergence_coef=alpha))(
+            given
+        )
+        for alpha in (None, 0.5, 0.6)
+    )
+    assert torch.equal(unset.loss, half.loss)
+    assert not torch.equal(unset.loss, other.loss)
+
+
 def test_the_exponential_turns_into_its_tangent() -> None:
     exponent = torch.tensor([-40.0, 0.5, 30.0, 1e4], requires_grad=True)
     value = expm1(exponent)

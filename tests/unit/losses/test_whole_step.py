@@ -72,6 +72,19 @@ def test_which_pairs_are_kept_does_not_depend_on_their_order() -> None:
     assert torch.equal(kept[shuffled], again)
 
 
+def test_every_step_draws_anew_which_pairs_are_kept() -> None:
+    method = methods.BetaDPOConfig(keep_share=0.5)
+    ratios = torch.randn(40, generator=torch.Generator().manual_seed(0)).tolist()
+
+    first, second, again = (
+        step(method, ratios, mean=0.0, deviation=1.0, num_steps=number).metrics["kept"]
+        for number in (1.0, 2.0, 1.0)
+    )
+
+    assert torch.equal(first, again)
+    assert not torch.equal(first, second)
+
+
 def test_before_the_first_step_which_pairs_are_kept_does_not_depend_on_order_or_rounding() -> None:
     """The policy is its own reference, but for what two cuts of one step round differently."""
     loss, generator = build_loss(methods.BetaDPOConfig(keep_share=0.5)), torch.Generator().manual_seed(0)
@@ -104,3 +117,11 @@ def test_a_mixture_logs_its_parts_and_carries_their_numbers() -> None:
         torch.testing.assert_close(output.metrics[f"loss/{name}"], part.loss)
     assert output.running == {"bco_pair/delta": -0.5, "bco_pair/num_rewards": 2}
     assert output.metrics["rewards/chosen"].tolist() == [1.0]
+
+
+def test_a_mixtures_rewards_are_those_of_its_first_part_with_a_reference() -> None:
+    parts = (methods.SFTConfig(), methods.DPOConfig(beta=0.5), methods.HingeConfig(beta=0.25))
+
+    output = step(methods.MixtureConfig(losses=parts, weights=(1.0, 0.8, 0.2)), [2.0, -4.0])
+
+    assert (output.metrics["rewards/chosen"].item(), output.metrics["rewards/rejected"].item()) == (1.0, -2.0)
