@@ -7,7 +7,7 @@ part has, it is an error, because it would have no effect.
 from typing import Any
 
 from fiducial.config.document import dotted
-from fiducial.config.method_names import FAMILIES, RL, unknown_method
+from fiducial.config.method_names import FAMILIES, RL, unknown_loss, unknown_method
 from fiducial.config.methods import MethodConfig
 from fiducial.config.outcomes import Deciding, Key, Note, Outcomes, Put, Refuse, Settings, as_path
 
@@ -124,9 +124,9 @@ def _losses(name: str, settings: Settings) -> Deciding[list[type[MethodConfig]]]
         return [RL[name]]
     known = FAMILIES[name]
     types = _as_list(settings[own])
-    if not types or any(not isinstance(each, str) or each not in known for each in types):
-        several = ", or a list of them" if name == "dpo" else ""
-        yield Refuse(own, f"must be one of {', '.join(known)}{several}")
+    unknown = [each for each in types if not isinstance(each, str) or each not in known]
+    if unknown or not types:
+        yield Refuse(own, unknown_loss(name, unknown[0] if unknown else None))
         return [RL[name]]
     if len(set(types)) < len(types):
         yield Refuse(own, "names a loss twice; give it one weight in dpo_loss_weights")

@@ -37,20 +37,34 @@ ELSEWHERE = {
     "exo": "rl: dpo and dpo_loss_type: exo_pair",
     "bco": "rl: dpo and dpo_loss_type: bco_pair",
     "apo": "rl: dpo and dpo_loss_type: apo_zero or apo_down",
+    "kto_pair": "rl: kto, which takes pairs apart",
 }
-"""Names of papers that are written otherwise."""
+"""Names of papers, and older ones of other tools, that are written otherwise."""
 
 
 def unknown_method(name: Any) -> str:
     """What is wrong with a value of `rl` that names no method, and what to write."""
     if name in ONLINE_METHODS:
         return "generates while it trains; Fiducial learns from given preferences: use another tool or dpo"
+    written = _written(name)
+    return f"write {written}" if written else f"no such method; write one of {', '.join(RL)}"
+
+
+def unknown_loss(family: str, name: Any) -> str:
+    """What is wrong with a value of `<family>_loss_type` that names no loss of it, and what to write."""
+    several = ", or a list of them" if family == "dpo" else ""
+    written = _written(name) if name != family else None
+    return f"write {written}" if written else f"must be one of {', '.join(FAMILIES[family])}{several}"
+
+
+def _written(name: Any) -> str | None:
+    """How the method of that name is written; None where there is none."""
     plain = str(name).lower().replace("-", "_")
     if plain in RL:
-        return f"write rl: {plain}"
+        return f"rl: {plain}"
     if (written := ELSEWHERE.get(plain)) is not None:
-        return f"write {written}"
+        return written
     for method in METHODS:
         if plain in (method.model_fields["name"].default, str(method.loss_type).replace("-", "_")):
-            return f"write {method.written().replace(', ', ' and ')}"
-    return f"no such method; write one of {', '.join(RL)}"
+            return method.written().replace(", ", " and ")
+    return None

@@ -119,6 +119,23 @@ def test_names_of_papers_lead_to_keys_that_exist() -> None:
 
 
 @pytest.mark.parametrize(
+    ("family", "loss", "message"),
+    [
+        ("cpo", "simpo", "write rl: simpo$"),
+        ("dpo", "orpo", "write rl: orpo$"),
+        ("dpo", "kto_pair", "write rl: kto, which"),
+        ("cpo", "robust", "write rl: dpo and dpo_loss_type: robust$"),
+        ("dpo", "dpo", "must be one of sigmoid, .* or a list of them$"),
+        ("cpo", 3, "must be one of sigmoid, .*alphapo$"),
+    ],
+)
+def test_a_loss_of_another_family_leads_to_its_own(family: str, loss: Any, message: str) -> None:
+    """TRL's CPOConfig calls SimPO a loss type, and LLaMA-Factory's pref_loss calls ORPO one."""
+    with pytest.raises(ConfigError, match=rf"{family}_loss_type: {loss} — {message}"):
+        validate_config({"base_model": "base", "rl": family, f"{family}_loss_type": loss})
+
+
+@pytest.mark.parametrize(
     ("name", "written"),
     [
         ("KTO", "rl: kto"),
@@ -127,6 +144,7 @@ def test_names_of_papers_lead_to_keys_that_exist() -> None:
         ("cpo_hinge", "rl: cpo and cpo_loss_type: hinge"),
         ("apo_zero_unpaired", "rl: kto and kto_loss_type: apo_zero_unpaired"),
         ("TPO-L", "rl: tpo and tpo_loss_type: tpo-l"),
+        ("kto_pair", "rl: kto, which takes pairs apart"),
     ],
 )
 def test_a_method_written_otherwise_leads_to_how_it_is_written(name: str, written: str) -> None:
