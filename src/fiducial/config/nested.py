@@ -43,6 +43,17 @@ _DATASET = table(
         no("datasets no longer runs dataset scripts; remove it, and convert such data to parquet or jsonl"),
     ),
 )
+_DATASET_INFO = {
+    "file_name": "write path",
+    "hf_hub_url": "write path",
+    "subset": "write name",
+    "num_samples": "write split: 'train[:1000]'",
+    "formatting": "the columns say which format it is; remove it, or write type",
+    "ranking": "the columns say which format it is; remove it, or write type",
+    "columns": "name them with field_messages, field_prompt, field_chosen, ...",
+    "tags": "write roles and message_property_mappings",
+}
+"""Keys of LLaMA-Factory's dataset_info.json: what to do in a dataset here."""
 _TRL = table(
     ("chat_template_kwargs", no("write it at the top level")),
     ("use_liger_loss", drop("the log-prob head always works in chunks")),
@@ -144,7 +155,8 @@ def _check(value: Any, path: KeyPath, outer: str) -> Outcomes:
             continue
         if entry is None:
             near = difflib.get_close_matches(str(name), supported, n=1)
-            yield Refuse((*path, key), f"unknown key; {_meant(str(key), near, supported)}")
+            other = _DATASET_INFO.get(key) if outer in ("datasets", "test_datasets") else None
+            yield Refuse((*path, key), f"unknown key; {other or _meant(str(key), near, supported)}")
         elif inner is not None:
             yield (
                 Note((*path, key), entry.why)

@@ -129,6 +129,17 @@ def test_a_key_of_another_tool_is_not_taken_for_one_that_is_spelt_alike(key: str
     assert meant in dialect.suggest(key)
 
 
+def test_an_entry_of_dataset_info_json_leads_to_a_dataset_here() -> None:
+    entry = {"file_name": "rows.json", "formatting": "sharegpt", "ranking": True, "columns": {"chosen": "a"}}
+    with pytest.raises(ConfigError) as raised:
+        validate_config({"base_model": "m", "rl": "dpo", "datasets": [entry | {"num_samples": 9}]})
+    said = str(raised.value)
+    assert "file_name: rows.json — unknown key; write path" in said
+    assert "write split: 'train[:1000]'" in said
+    assert "name them with field_messages" in said
+    assert "did you mean" not in said
+
+
 def test_an_unknown_key_is_neither() -> None:
     assert "rl_beat" not in dialect.SUPPORTED
     assert dialect.unsupported("rl_beat") is None
