@@ -124,5 +124,5 @@ ADAPTER = table(
         "qat quantization",
         no("quantise the aligned model afterwards, with the tool that will serve it; remove it"),
     ),
-    ("fp8 fp8_enable_fsdp_float8_all_gather", no("not in this version; use bf16: true")),
+    ("fp8 fp8_config fp8_enable_fsdp_float8_all_gather", no("not in this version; use bf16: true")),
 )

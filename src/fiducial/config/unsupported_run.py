@@ -154,7 +154,7 @@ HARDWARE = table(
     ("accelerator_config", no("not in this version; set what you need with the other keys")),
     ("deepspeed", no(_DEEPSPEED)),
     ("deepcompile", no("not in this version; remove it")),
-    ("selective_checkpointing activation_offloading layer_offloading", no(_OFFLOAD)),
+    ("selective_checkpointing activation_offloading layer_offloading ple_cpu_offload", no(_OFFLOAD)),
     (
         "torch_compile torch_compile_backend torch_compile_mode torch_compile_options",
         no(
@@ -180,7 +180,7 @@ KERNELS = table(
         "scaling_softmax scaling_softmax_factor scaling_softmax_bias",
         no("changes the model itself; remove it"),
     ),
-    ("liger_layer_norm", no(_KERNEL)),
+    ("liger_layer_norm liger_rms_norm_gated liger_kernel_impl expert_backend", no(_KERNEL)),
     (
         "liger_cross_entropy liger_fused_linear_cross_entropy liger_use_token_scaling cut_cross_entropy",
         drop("the log-prob head always works in chunks"),
