@@ -195,8 +195,12 @@ def _name(reference: "CachedReference") -> str:
 
 
 def _precision(manifest: dict[str, object]) -> str:
+    from fiducial.reference.identity import SERVED
+
     if not manifest:
         return "unknown"
+    if manifest.get("dtype") == SERVED:
+        return "the server's"
     autocast = manifest.get("autocast")
     return str(manifest.get("dtype")) + ("" if autocast in (None, "None") else f", {autocast} products")
 

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from rich.console import Console
-from rich.markup import escape
 
 from fiducial.config.schema import RunConfig
 from fiducial.data.dataset import TokenizedDataset
@@ -13,6 +12,7 @@ from fiducial.reference.cache.opening import open_store
 from fiducial.reference.cache.passes import Groups, look_up, take
 from fiducial.reference.cache.store import LogpStore
 from fiducial.reference.differences import differences
+from fiducial.reference.fill import warn
 from fiducial.reference.identity import SERVED, Identity
 from fiducial.reference.predicted import predict_identity
 from fiducial.training.arguments import training_arguments
@@ -51,7 +51,7 @@ def explain(cfg: RunConfig, console: Console) -> None:
         markup=False,
     )
     if any(each.identity == identity.digest for each in references):
-        store = open_store(run.cfg, identity, tell=lambda sentence: console.print(escape(sentence)))
+        store = open_store(run.cfg, identity, tell=lambda sentence: warn(console, sentence))
         for name, groups in _datasets(run).items():
             console.print(
                 f"{name[0].upper()}{name[1:]} data: {_sentence(count_lacking(groups, store))}", soft_wrap=True

@@ -76,11 +76,23 @@ def test_it_lists_and_verifies_what_runs_have_scored(
     assert "24 records of 1 references" in words(verified)
 
 
-def test_a_narrow_terminal_loses_nothing(cache: Cache, tmp_path: Path) -> None:
-    filled(tmp_path)
-    listed = CliRunner(env={"COLUMNS": "50"}).invoke(cli.app, ["cache", "list"]).output
+def test_a_narrow_terminal_loses_nothing(cache: Cache, tmp_path: Path, reference_cache: Path) -> None:
+    narrow = CliRunner(env={"COLUMNS": "50"})
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(filled(tmp_path)))
+    listed = narrow.invoke(cli.app, ["cache", "list"]).output
     assert "base-llama" in "".join(line[2:7] for line in listed.splitlines())
     assert "…" not in listed
+    [manifest] = reference_cache.glob("*/identity.json")
+    manifest.write_text("{")
+    explained = narrow.invoke(cli.app, ["cache", "explain", str(tmp_path / "run.yaml")]).output
+    assert f"{manifest} is damaged" in explained, "a path is in one piece"
+
+
+def test_a_server_s_precision_is_its_own(cache: Cache, tmp_path: Path, reference_cache: Path) -> None:
+    filled(tmp_path)
+    [manifest] = reference_cache.glob("*/identity.json")
+    manifest.write_text(json.dumps({"checkpoint": "tiny", "dtype": "served", "autocast": "served"}))
+    assert "tiny the server's" in words(cache("list"))
 
 
 def test_verify_names_what_is_damaged(cache: Cache, tmp_path: Path, reference_cache: Path) -> None:

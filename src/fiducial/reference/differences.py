@@ -79,11 +79,11 @@ def _tensors(wanted: Manifest | None, found: Manifest | None, places: Places) ->
     here, there = wanted["tensors"], found["tensors"]
     changed = [name for name in here if name in there and here[name] != there[name]]
     return [
-        f"{len(names)} of {len(here)} weights {verb} ({_some(names)})"
-        for names, verb in (
-            (changed, "differ"),
-            ([name for name in here if name not in there], f"are only {places[0]}"),
-            ([name for name in there if name not in here], f"are only {places[1]}"),
+        f"{len(names)} of {len(among)} weights {verb} ({_some(names)})"
+        for names, among, verb in (
+            (changed, here, "differ"),
+            ([name for name in here if name not in there], here, f"are only {places[0]}"),
+            ([name for name in there if name not in here], there, f"are only {places[1]}"),
         )
         if names
     ]
