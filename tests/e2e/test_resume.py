@@ -21,6 +21,7 @@ from run_configs import run_config
 from tiny import save_adapter, save_checkpoint
 
 FULL: dict[str, Any] = {}
+EACH_EPOCH = {"eval_steps": None}
 LORA = {"adapter": "lora", "lora_r": 4, "lora_dropout": 0.1, "learning_rate": 1e-2}
 # Ten groups a pass, four a step: a pass ends within a step.
 STREAMED = {"streaming": True, "max_steps": 6, "streaming_multipack_buffer_size": 5}
@@ -38,6 +39,7 @@ def settings(folder: Path, **overrides: Any) -> dict[str, Any]:
     ("kind", "stop"),
     [
         *((FULL, stop) for stop in (2, 3, 5)),
+        *((EACH_EPOCH, stop) for stop in (2, 3)),
         *((LORA, stop) for stop in (1, 4)),
         (PISSA, 2),
         (CARRYING, 2),

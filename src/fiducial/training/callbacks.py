@@ -248,6 +248,17 @@ class Interruption(TrainerCallback):
             control.should_save = control.should_training_stop = True
         return control
 
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Undo what transformers does at an epoch's end where it is only stopped: a resumed run has its real end.
+
+        Its best checkpoint and early stopping would otherwise depend on when it was interrupted.
+        """
+        if self.stopped_at is not None and not float(state.epoch or 0).is_integer():
+            control.should_evaluate = control.should_save = False
+        return control
+
     def release(self) -> None:
         """Give the signals back to whoever had them."""
         self._give_back(*self._previous)
