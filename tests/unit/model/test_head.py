@@ -170,11 +170,13 @@ def test_autocast_errs_no_more_than_naive_autocast(frozen: bool) -> None:
         assert (value - right).norm() <= allowed
 
 
-def test_products_run_in_autocasts_precision() -> None:
+def test_products_run_in_autocasts_precision_and_sums_in_float32() -> None:
     hidden, weight, _, targets = _inputs(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        ours = token_logps(hidden, weight, targets)
-    assert torch.equal(ours, token_logps(hidden.bfloat16(), weight.bfloat16(), targets))
+        ours = token_logps(hidden, weight, targets, chunk=5)
+    logits = (hidden.bfloat16() @ weight.bfloat16().T).float()
+    naive = logits.log_softmax(1).gather(1, targets[:, None])[:, 0]
+    _assert_close([ours], [naive], tolerance=1e-5)
 
 
 def test_another_target_is_another_number() -> None:
