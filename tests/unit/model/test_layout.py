@@ -1,6 +1,8 @@
 """Which models are packed, and what they are told when they are not."""
 
 from dataclasses import replace
+from itertools import count
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -124,6 +126,41 @@ def test_a_lost_window_is_measured(autocast: torch.dtype | None, monkeypatch: py
     monkeypatch.setattr(attention_plan, "_interpret", lambda *_: Visibility())
     choice = choose_layout(tiny_model("mistral"), GROUPS, packing=None, autocast=autocast)
     assert "differ from padded ones" in choice.why
+
+
+def test_the_longest_group_is_among_those_that_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_plan, "_interpret", lambda *_: Visibility())
+    long = TokenizedGroup(np.arange(30, dtype=np.int32), (np.arange(20, dtype=np.int32),))
+    model = tiny_model("mistral", sliding_window=25)
+    choice = choose_layout(model, [*random_groups(3, longest=9), long], packing=None)
+    assert "differ from padded ones" in choice.why
+
+
+@pytest.mark.parametrize(("call", "at"), [(0, 0), (1, -1)])
+def test_what_is_not_a_number_is_no_proof(call: int, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, scored = count(), layout._packed_logps
+
+    def once(*args: Any) -> torch.Tensor:
+        values = scored(*args).clone()
+        values[at] = torch.nan if next(calls) == call else values[at]
+        return values
+
+    monkeypatch.setattr(layout, "_packed_logps", once)
+    assert choose_layout(tiny_model(), GROUPS, packing=None).layout == "padded"
+
+
+@pytest.mark.parametrize(
+    ("rope", "limit"),
+    [
+        ({"rope_type": "dynamic"}, 400),
+        ({"rope_type": "longrope", "original_max_position_embeddings": 100}, 100),
+        ({"full_attention": {"rope_type": "dynamic"}, "sliding_attention": {"rope_type": "default"}}, 400),
+        ({"rope_type": "yarn"}, None),
+    ],
+)
+def test_rotary_frequencies_limit_the_length_by_their_kind(rope: dict[str, Any], limit: int | None) -> None:
+    config = SimpleNamespace(rope_parameters=rope, max_position_embeddings=400)
+    assert layout._rope_limit(config) == limit
 
 
 def test_a_failing_packed_pass_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
