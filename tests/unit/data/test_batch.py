@@ -85,6 +85,15 @@ def test_without_groups_nothing_is_scored(layout: str) -> None:
     assert batch.position_ids.shape == (1, 1)
     assert batch.source.numel() == batch.target.numel() == batch.sequence.numel() == 0
     assert batch.num_sequences == 0
+    assert batch.attention_mask is None or batch.attention_mask.all(), "attention to nothing is not a number"
+
+
+def test_where_the_data_has_no_scores_none_is_made_up() -> None:
+    (scored,) = random_groups(1, seed=1)
+    scored = TokenizedGroup(scored.prompt, scored.completions, (2.0, -0.5))
+    score = pack([*random_groups(1), scored], layout="packed").completions.score
+    assert score.isnan().tolist() == [True, True, False, False]
+    assert score[2:].tolist() == [2.0, -0.5]
 
 
 def test_a_shifted_source_is_noticed() -> None:

@@ -237,6 +237,7 @@ H, A = "\n\nHuman:", "\n\nAssistant:"
     ("name", "chosen", "rejected", "reason"),
     [
         ("hh", f"{H} Hi{A} a{H} b{A} c", f"{H} Hi{A} x{H} y{A} z", Reason.DIVERGED),
+        ("hh", f"{H} Hi{A} a", f"{H} Hi{A} x{H} y{A} z", Reason.DIVERGED),
         ("hh", f"{H} Hi{A} a", f"{H} Ho{A} a", Reason.DIVERGED),
         ("hh", f"{H} Hi", f"{H} Hi{A} a", Reason.NO_ASSISTANT),
         ("trl.implicit", "same", "same", Reason.EQUAL),
@@ -244,6 +245,7 @@ H, A = "\n\nHuman:", "\n\nAssistant:"
         ("trl.implicit_chat", [USER, turn("a")], [USER], Reason.DIVERGED),
         ("chatml.argilla_chat", [USER, turn("a")], [turn("Ho", "user"), turn("a")], Reason.DIVERGED),
         ("chatml.argilla_chat", [USER, USER], [USER, turn("a")], Reason.NO_ASSISTANT),
+        ("chatml.argilla_chat", [USER, turn(" ")], [USER, turn("a")], Reason.EMPTY_COMPLETION),
         ("trl.implicit_chat", "text", [USER], Reason.NOT_TEXT),
         ("trl.implicit_chat", [USER | {"role": ["user"]}], [USER], Reason.UNKNOWN_ROLE),
     ],
@@ -254,6 +256,30 @@ def test_rows_that_are_no_pair(name: str, chosen: object, rejected: object, reas
     with pytest.raises(OddRow) as odd:
         format_.read(row, fields)
     assert odd.value.reason is reason
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "expected"),
+    [
+        ("trl.implicit", {"chosen": "a b c", "rejected": "a bx"}, ("a", (" b c", " bx"))),
+        ("trl.implicit", {"chosen": "a bx", "rejected": "a b c"}, ("a", (" bx", " b c"))),
+        (
+            "sharegpt",
+            {
+                "conversations": [turn("Own", "system"), USER],
+                "system": "Another",
+                "chosen": [USER, turn("yes")],
+                "rejected": [USER, turn("no")],
+            },
+            ((turn("Own", "system"), USER), ((turn("yes"),), (turn("no"),))),
+        ),
+    ],
+    ids=["a longer word in rejected", "a longer word in chosen", "its own system turn, answers that end"],
+)
+def test_what_is_prompt_and_what_is_answer(name: str, row: dict[str, Any], expected: Any) -> None:
+    config = DatasetConfig(path="p", type=name)
+    _, format_, fields = choose_format(config, look_at([row], list(row), config), where="datasets.0")
+    assert format_.read(row, fields) == expected
 
 
 def test_hh_prompt_is_the_shared_dialogue() -> None:

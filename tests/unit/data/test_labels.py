@@ -101,6 +101,14 @@ def test_labels_in_other_words_are_told_which_to_write(fit: Fit) -> None:
         fit(KTOConfig(), [single(0, label="good"), single(1, label="good")])
 
 
+def test_what_repeats_under_another_label_is_no_repetition(fit: Fit) -> None:
+    rows = [single(0), single(0, label=False), single(0), single(1)]
+
+    data = fit(APOZeroUnpairedConfig(), rows, exact_deduplication=True)
+
+    assert data.audit.labels["train"] == (2, 1)
+
+
 def test_evaluation_data_has_its_own_mismatched_completions(
     fit: Fit, byte_tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -154,6 +162,11 @@ def test_the_papers_advice_on_weights(fit: Fit, weights: dict[str, float], advis
 
     assert bool(notes) == (advised is not None)
     assert not advised or re.search(advised, notes[0])
+
+
+def test_the_advice_is_for_the_papers_own_method(fit: Fit) -> None:
+    rows = [single(number, label=number > 0) for number in range(4)]
+    assert not fit(APOZeroUnpairedConfig(), rows).audit.notes
 
 
 def test_rankings_have_no_labels() -> None:

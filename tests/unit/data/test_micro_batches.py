@@ -81,6 +81,12 @@ def test_what_does_not_fit_evenly_stays() -> None:
     assert leveled(before, 2, 17) == before
 
 
+def test_beside_a_group_larger_than_the_budget_the_others_are_even() -> None:
+    before = cut([group(0, length) for length in (90, 30, 30, 6)], 60)
+    assert tokens(before) == [90, 60, 6]
+    assert tokens(leveled(before, 3, 60)) == [90, 36, 30]
+
+
 def test_short_rows_are_not_padded_to_long_ones() -> None:
     before = cut([group(1, 20, 20)] * 2 + [group(1, 1, 1)] * 20, 100, cost=COSTS["padded"])
     assert [len(part) for part in before] == [2, 20]

@@ -218,6 +218,14 @@ def test_holding_out_is_deterministic_and_does_not_leak(load: Load, size: float)
     assert not prompts[0] & prompts[1]
 
 
+@pytest.mark.parametrize(("size", "held_out"), [(4, 4), (0.17, 2), (0.1, 1)])
+def test_as_many_are_held_out_as_asked_for_where_no_prompt_comes_twice(
+    load: Load, size: float, held_out: int
+) -> None:
+    prepared = load([pair(number) for number in range(10)], val_set_size=size)
+    assert (prepared.audit.train, prepared.audit.evaluation) == (10 - held_out, held_out)
+
+
 @pytest.mark.parametrize("size", [0.001, 3, 7])
 def test_impossible_holding_out(load: Load, size: float) -> None:
     with pytest.raises(DataError, match="val_set_size"):
@@ -230,8 +238,10 @@ def test_one_prompt_cannot_be_split(load: Load) -> None:
 
 
 def test_test_datasets_and_their_overlap(load: Load) -> None:
-    prepared = load([pair(0), pair(1)], [pair(1), pair(2)])
-    assert (prepared.audit.train, prepared.audit.evaluation) == (2, 2)
+    long = pair(2, prompt="A longer question?")
+    prepared = load([pair(0), pair(1), pair(9, prompt=pair(1)["prompt"])], [pair(1), long])
+    assert (prepared.audit.train, prepared.audit.evaluation) == (3, 2)
+    assert prepared.longest == prepared.evaluation.longest > prepared.train.longest
     assert prepared.audit.notes == ["1 evaluation rows have a prompt that is also trained on"]
     assert [each.role for each in prepared.audit.datasets] == ["train", "evaluation"]
 
@@ -285,10 +295,9 @@ def test_store_is_used_and_never_stale(
 ) -> None:
     folder, path = tmp_path / "prepared", write([pair(0), {**pair(1), "chosen": ""}])
 
-    def load(**options: Any) -> PreparedData:
-        return load_groups(
-            run_config({"path": str(path)}, prepared_path=str(folder), **options), byte_tokenizer
-        )
+    def load(dataset: dict[str, Any] | None = None, **options: Any) -> PreparedData:
+        config = run_config({"path": str(path)} | (dataset or {}), prepared_path=str(folder), **options)
+        return load_groups(config, byte_tokenizer)
 
     first = load()
     assert len(stored(folder)) == 1
@@ -302,13 +311,16 @@ def test_store_is_used_and_never_stale(
             lambda: load(sequence_len=99),
             lambda: load(excess_length="truncate"),
             lambda: load(tokenizer={"chat_template": "gemma"}),
+            lambda: load(tokenizer={"chat_template": "gemma", "chat_template_kwargs": {"a": 1}}),
+            lambda: load({"type": "trl.explicit"}),
             lambda: path.write_text(path.read_text().replace("yes 0", "yes!0")) and load(),
             lambda: byte_tokenizer.add_tokens(["Question"]) and load(),
+            lambda: setattr(byte_tokenizer, "eos_token", "<|im_end|>") or load(),
         )
     ):
         change()
         assert len(stored(folder)) == 2 + number
-    assert byte_tokenizer.decode(load().train[0].completions[0]) == " yes!0</s>"
+    assert byte_tokenizer.decode(load().train[0].completions[0]) == " yes!0<|im_end|>"
     assert not list(folder.glob("*.tmp"))
 
 

@@ -6,6 +6,7 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
@@ -14,9 +15,10 @@ from fiducial.data.audit import DatasetAudit
 from fiducial.data.prepare import PreparedData, load_groups
 from fiducial.data.reading import choose_reading
 from fiducial.data.row_stream import BLOCK, RowStream
+from fiducial.data.running_audit import RunningAudit
 from fiducial.data.stream import SAMPLE, GroupStream, Shuffling, StreamedDataset, in_turn
 from fiducial.data.templates import choose_template
-from fiducial.data.tokenize import GroupTokenizer
+from fiducial.data.tokenize import GroupTokenizer, Tokenized, TokenizedGroup
 from fiducial.errors import DataError
 from fiducial.training.dataloader import Process, step_dataloader
 
@@ -70,6 +72,28 @@ def test_datasets_give_one_row_each_in_turn(load: Callable[..., PreparedData]) -
     merged = [first[0], second[0], first[1], second[1], *first[2:]]
     assert keys(load(first, second).train) == stored(load, merged)
     assert list(in_turn([iter("ab"), iter(""), iter("c")])) == [(0, "a"), (2, "c"), (0, "b")]
+
+
+def test_every_place_of_the_buffer_is_drawn_from() -> None:
+    drawn = list(Shuffling(0, 4).shuffle(range(400), number=0))
+    assert {0, 1, 2, 3} <= set(drawn[:100])
+
+
+def test_a_long_row_is_named_by_its_place_in_the_stream(load: Callable[..., PreparedData]) -> None:
+    rows = [pair(number) for number in range(BLOCK + 4)]
+    rows[BLOCK + 2]["chosen"] = " yes" * 40
+    with pytest.raises(DataError, match=rf"row {BLOCK + 2}: .* sequence_len is 100"):
+        load(rows, sequence_len=100, excess_length="raise")
+
+
+@pytest.mark.parametrize("lengths", [[5], [1, 4], [1, 2, 9], [3, 3, 8, 9], [2, 2, 2, 7], [1, 6, 6, 6]])
+def test_lengths_counted_one_by_one_have_their_median(lengths: list[int]) -> None:
+    running = RunningAudit(DatasetAudit("rows", "trl.explicit"))
+    for length in reversed(lengths):
+        piece = np.arange(length, dtype=np.int32)
+        running.count(Tokenized(TokenizedGroup(piece, (piece, piece))))
+    expected = {"median": int(np.median(lengths)), "max": max(lengths)}
+    assert running.so_far().lengths == {"prompt": expected, "chosen": expected, "rejected": expected}
 
 
 @pytest.mark.parametrize("buffer", [1, 2, 7, 40, 100])

@@ -201,7 +201,14 @@ def test_batches_equal_single_examples(bos_tokenizer: PreTrainedTokenizerFast) -
         (chat("Hi", " ", "b"), Reason.EMPTY_COMPLETION),
         (example((turn("user", "Hi"),), (), ()), Reason.NO_ASSISTANT),
         (example((turn("user", "Hi"),), (turn("user", "x"),), (turn("user", "y"),)), Reason.NO_ASSISTANT),
-        (example((turn("user", "Hi"), turn("assistant", "x")), (turn("assistant", "x"),)), Reason.ANSWERED),
+        (
+            example(
+                (turn("user", "Hi"), turn("assistant", "x")),
+                (turn("assistant", "y"),),
+                (turn("assistant", "x"),),
+            ),
+            Reason.ANSWERED,
+        ),
         (
             example(
                 (turn("user", "Hi"),),
@@ -218,9 +225,12 @@ def test_odd_rows(byte_tokenizer: PreTrainedTokenizerFast, pair: PreferenceExamp
     assert odd.value.reason is reason
 
 
-def test_answers_equal_after_a_template_trims_them(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+@pytest.mark.parametrize("answers", [("yes", " yes "), ("yes", "no", " yes ")])
+def test_answers_equal_after_a_template_trims_them(
+    byte_tokenizer: PreTrainedTokenizerFast, answers: tuple[str, ...]
+) -> None:
     with pytest.raises(OddRow) as odd:
-        group_tokenizer(byte_tokenizer, TRIMMING).tokenize_example(chat("Hi", "yes", " yes "))
+        group_tokenizer(byte_tokenizer, TRIMMING).tokenize_example(chat("Hi", *answers))
     assert odd.value.reason is Reason.EQUAL
 
 
@@ -241,8 +251,24 @@ def test_lengths_drop_raise_truncate(bos_tokenizer: PreTrainedTokenizerFast) -> 
     assert texts(bos_tokenizer, cut.group) == ("<s>56789", " 12345", " no</s>")
     kept = tokenize(long_prompt, "truncate")
     assert texts(bos_tokenizer, kept.group) == ("<s>xxxxxx", " yes</s>", " no</s>")
-    short = example("Hi", " yes", " no")
-    assert not tokenize(short, "truncate").truncated
+
+
+def test_a_row_of_sequence_len_fits_and_a_prompt_of_it_leaves_no_room(
+    bos_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    pair = example("Hi", " yes", " no")  # BOS, 2, 4 and EOS
+
+    def tokenize(sequence_len: int, excess: str) -> Tokenized:
+        limited = group_tokenizer(bos_tokenizer, sequence_len=sequence_len, excess_length=excess)
+        return limited.tokenize_example(pair)
+
+    for excess in ("drop", "raise", "truncate"):
+        assert not tokenize(8, excess).truncated
+    assert tokenize(7, "truncate").truncated
+    for sequence_len, reason in ((7, Reason.LONG), (4, Reason.LONG), (3, Reason.LONG_PROMPT)):
+        with pytest.raises(OddRow) as odd:
+            tokenize(sequence_len, "drop")
+        assert odd.value.reason is reason
 
 
 @pytest.mark.parametrize("sequence_len", [2, 3, 8, 17])
