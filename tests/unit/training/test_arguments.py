@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 import pytest
+from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from fiducial.config.load import validate_config
@@ -46,7 +47,11 @@ def arguments(rows: int = 100, *, resuming: bool = False, **settings: Any):
         ({"max_steps": 12}, {"max_steps": 12}),
         (
             {"micro_batch_size": 2, "gradient_accumulation_steps": 4},
-            {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1},
+            {
+                "per_device_train_batch_size": 8,
+                "gradient_accumulation_steps": 1,
+                "per_device_eval_batch_size": 8,
+            },
         ),
         ({"seed": 7}, {"seed": 7, "tf32": False}),
         (
@@ -69,6 +74,10 @@ def arguments(rows: int = 100, *, resuming: bool = False, **settings: Any):
                 "metric_for_best_model": "rewards/accuracies",
                 "greater_is_better": True,
             },
+        ),
+        (
+            HELD_OUT | {"metric_for_best_model": "kl", "greater_is_better": False},
+            {"greater_is_better": False},
         ),
         (
             {"logging_steps": 3},
@@ -95,6 +104,23 @@ def arguments(rows: int = 100, *, resuming: bool = False, **settings: Any):
 def test_a_setting_reaches_transformers(settings: dict[str, Any], expected: dict[str, Any]) -> None:
     args = arguments(**settings)
     assert {name: getattr(args, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("rows", "processes", "saves", "steps"),
+    [(100, 1, 6, 17), (10, 1, 30, 1), (41, 1, 1, 11), (41, 2, 1, 6)],
+)
+def test_a_number_an_epoch_is_one_of_steps(
+    rows: int, processes: int, saves: int, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fiducial.training.arguments.world_size", lambda: processes)
+    monkeypatch.setattr(TrainingArguments, "world_size", processes)
+    batch = 4 if saves == 1 else 1
+    assert arguments(rows, saves_per_epoch=saves, micro_batch_size=batch).save_steps == steps
+
+
+def test_a_warm_up_may_last_the_whole_run() -> None:
+    assert arguments(warmup_ratio=1.0).get_warmup_steps(50) == 50
 
 
 @pytest.mark.parametrize(("rows", "steps"), [(100, 1), (600, 3), (100_000, 10)])
@@ -171,10 +197,16 @@ def test_an_optimizer_whose_package_is_missing_is_told_before_anything_is_loaded
 
 
 @pytest.mark.parametrize(
-    "options", [{"momentum": 0.9, "nesterov": True}, {"momentum": 0.0}, {"nesterov": False}]
+    ("optimizer", "options"),
+    [
+        ("sgd", {"momentum": 0.9, "nesterov": True}),
+        ("sgd", {"momentum": 0.0}),
+        ("sgd", {"nesterov": False}),
+        ("ademamix", {"alpha": 5.0}),  # its default, which changes nothing
+    ],
 )
-def test_options_that_the_optimizer_reads_may_have_any_value(options: dict[str, Any]) -> None:
-    arguments(optimizer="sgd", optim_args=options)
+def test_options_that_the_optimizer_reads_may_have_any_value(optimizer: str, options: dict[str, Any]) -> None:
+    arguments(optimizer=optimizer, optim_args=options)
 
 
 def test_another_precision_from_the_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

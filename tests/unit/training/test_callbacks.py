@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -153,3 +154,21 @@ def test_checkpoints_keep_the_budget_and_what_was_not_logged_yet(tmp_path: Path)
     assert restored.sums.state() == trainer.running.sums.state() != {}
     assert restored.sums.num_pairs == 8
     assert restored.seconds > 0
+
+
+def test_speed_is_that_since_the_last_log_be_it_before_a_resume(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    running, counted = RunningMetrics(torch.device("cpu"), 1), {"loss": [1.0, 8.0], "_tokens": [40.0, 2.0]}
+
+    running.seconds = 2.0
+    running.on_train_begin(None, None, None)
+    running.sums.restore(counted)
+    now += 2
+    first = running.take()
+    running.sums.restore(counted)
+    now += 8
+    second = running.take()
+
+    assert (first["pairs_per_second"], first["tokens_per_second"]) == (2, 10)
+    assert (second["pairs_per_second"], second["tokens_per_second"]) == (1, 5)

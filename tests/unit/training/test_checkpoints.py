@@ -144,10 +144,18 @@ def test_only_a_sharded_run_resumes_from_shards(tmp_path: Path, weights: str) ->
         to_resume(str(path), auto=False, output_dir=tmp_path, launch=Launch(2))
 
 
+def raised_while_handling(error: Exception) -> Exception:
+    another = RuntimeError("the file could not be closed")
+    another.__context__ = error
+    return another
+
+
 @pytest.mark.parametrize(
     "error",
     [
         OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        raised_while_handling(OSError(errno.ENOSPC, "No space left on device")),
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
         RuntimeError(
             "[enforce fail at inline_container.cc:659] PytorchStreamWriter failed writing file data/0"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from comparing import comparison
-from fiducial.config.methods import MethodConfig, TPOConfig, TPOLConfig
+from fiducial.config.methods import APOZeroUnpairedConfig, MethodConfig, TPOConfig, TPOLConfig
 from fiducial.logps import UNWEIGHTED, Comparison, SequenceLogps
 from fiducial.losses import build_loss
 from fiducial.losses.output import LossOutput
@@ -91,6 +91,17 @@ def test_beside_a_gold_completion_chosen_and_rejected_are_those_compared(method:
     means = sums.means()
     assert (means["logps/gold"], means["logps/chosen"], means["logps/rejected"]) == (-1, -4, -9)
     assert (means["lengths/gold"], means["lengths/chosen"], means["lengths/rejected"]) == (3, 1, 2)
+
+
+def test_the_margin_of_completions_that_stand_alone_is_that_of_their_means() -> None:
+    policy, reference = torch.tensor([-1.0, -4.0, -9.0]), torch.zeros(3)
+    tokens, labels = torch.ones(3, dtype=torch.long), [1.0, -1.0, 1.0]
+    given = comparison(SequenceLogps(policy, tokens), SequenceLogps(reference, tokens), size=1, scores=labels)
+    sums = MetricSums(CPU)
+    sums.add(given, build_loss(APOZeroUnpairedConfig(beta=0.5))(given), tokens=9)
+    means = sums.means()
+    rewards = means["rewards/chosen"], means["rewards/rejected"], means["rewards/margins"]
+    assert rewards == (0.5 * (-1 - 9) / 2, 0.5 * -4, -0.5)
 
 
 def test_nothing_counted_gives_no_metrics() -> None:

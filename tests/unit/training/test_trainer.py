@@ -1,6 +1,8 @@
 """One optimizer step: exact, however it is cut; and what happens when it cannot be computed."""
 
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -149,6 +151,27 @@ def test_evaluation_is_the_exact_mean_whatever_the_batch_size(
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_evaluating_and_saving_take_no_training_time(tmp_path: Path) -> None:
+    trainer = build_trainer(tmp_path, max_steps=1, evaluation=random_groups(3, seed=4))
+    trainer.train()
+    watch = trainer.running.stopwatch
+    for call in (trainer.evaluate, lambda: trainer._save_checkpoint(trainer.model, None)):
+        began = time.perf_counter()
+        watch.restart()
+        call()
+        assert watch.elapsed < 0.5 * (time.perf_counter() - began)
+
+
+def test_an_optimizer_of_two_sets_of_weights_is_told_which_are_wanted(tmp_path: Path) -> None:
+    trainer, asked = build_trainer(tmp_path, evaluation=random_groups(3, seed=4)), []
+    trainer.optimizer = SimpleNamespace(
+        train=lambda: asked.append("train"), eval=lambda: asked.append("eval")
+    )
+    trainer.training_step(trainer.model, random_groups(2))
+    trainer.evaluate()
+    assert asked == ["train", "eval"]
+
+
 def test_loss_falls(tmp_path: Path) -> None:
     trainer = build_trainer(tmp_path, max_steps=12, groups=random_groups(4))
     trainer.train()
@@ -195,6 +218,8 @@ def test_running_out_of_memory_halves_the_budget_and_repeats_the_step(tmp_path: 
     assert distance(gradients, expected) < 1e-5 * max(g.abs().max().item() for g in expected.values())
     assert trainer.running.sums.num_pairs == 8
     assert scorer.passes[0] > 200 >= scorer.passes[-1]
+    failed = [tokens for tokens in scorer.passes if tokens > 200]
+    assert len(failed) < 4, "half of what the step filled, not of a budget it never filled"
 
 
 class OutOfMemoryOnce(OutOfMemoryAbove):
