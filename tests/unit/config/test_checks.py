@@ -53,6 +53,12 @@ QLORA = {"adapter": "qlora", "load_in_4bit": True}
         ),
         ({"adapter": "qlora"}, "adapter: qlora — qlora needs load_in_4bit: true", QLORA),
         (
+            LORA | {"load_in_8bit": True, "reinit_weights": True},
+            "reinit_weights: True — contradicts load_in_8bit",
+            LORA | {"reinit_weights": True},
+        ),
+        (QLORA | {"reinit_weights": True}, "reinit_weights: True — contradicts load_in_4bit", QLORA),
+        (
             {"load_in_8bit": True},
             "quantised weights cannot be trained; write adapter",
             LORA | {"load_in_8bit": True},
@@ -139,6 +145,11 @@ QLORA = {"adapter": "qlora", "load_in_4bit": True}
             "eval_strategy: epoch — a stream has no epochs; write eval_steps",
             STREAM | {"eval_strategy": "no", "val_set_size": 9},
         ),
+        (
+            STREAM | {"evaluation_strategy": "epoch", "val_set_size": 9},
+            "evaluation_strategy: epoch — a stream has no epochs; write eval",
+            STREAM | {"eval_steps": 2, "val_set_size": 9},
+        ),
         ({"datasets": []}, "is empty; name at least one", DATA),
         ({"val_set_size": 5}, "has no effect without datasets", {"val_set_size": 0}),
         (
@@ -155,6 +166,11 @@ QLORA = {"adapter": "qlora", "load_in_4bit": True}
             HELD_OUT | {"eval_strategy": False, "early_stopping_patience": 3},
             "early_stopping_patience: 3 — needs evaluation",
             HELD_OUT | {"eval_strategy": "epoch", "early_stopping_patience": 3},
+        ),
+        (
+            HELD_OUT | {"evals_per_epoch": 0, "early_stopping_patience": 3},
+            "early_stopping_patience: 3 — needs evaluation",
+            HELD_OUT | {"evals_per_epoch": 1, "early_stopping_patience": 3},
         ),
         (
             HELD_OUT | {"load_best_model_at_end": True, "save_strategy": False},
@@ -309,6 +325,10 @@ def test_keys_that_do_not_go_together(wrong: dict[str, Any], message: str, right
         (
             {"reference": SERVED | {"endpoint": "h:8000"}},
             "must be a URL, for example http://localhost:8000/v1",
+        ),
+        (
+            {"reference": SERVED | {"endpoint": "http://h/v1?key=secret"}},
+            "must hold no credentials or query",
         ),
         (
             {"reference": SERVED | {"endpoint": "http://me:secret@h/v1"}},

@@ -61,6 +61,7 @@ def test_every_mistake_is_reported_at_once_in_the_order_of_the_file(tmp_path: Pa
         ("learning_rate: -1", "must be a number > 0"),
         ("micro_batch_size: 1.5", "must be a whole number > 0"),
         ("adam_beta1: 1", "must be a number ≥ 0 and < 1"),
+        ("adam_beta2: 1", "must be a number ≥ 0 and < 1"),
         ("trust_remote_code: perhaps", "must be true or false"),
         ("model_revision: 12", "must be text; put it in quotes"),
         ("excess_length_strategy: cut", "must be one of drop, truncate or raise"),

@@ -19,6 +19,7 @@ def test_both_ways_mean_the_same() -> None:
     trl = {"sync_ref_model": True, "ref_model_mixup_alpha": 0.3, "ref_model_sync_steps": 7}
     ours = {"schedule": "synced", "mixup_alpha": 0.3, "sync_steps": 7}
     assert run(trl=trl).reference == run(reference=ours).reference
+    assert run(reference={"schedule": "synced", "mixup_alpha": 1}).reference.mixup_alpha == 1, "a copy"
 
 
 @pytest.mark.parametrize(
