@@ -251,7 +251,7 @@ class Interruption(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Undo what transformers does at an epoch's end where it is only stopped: a resumed run has its real end.
+        """Undo what transformers does at an epoch's end where it only stops: a resumed run has its real end.
 
         Its best checkpoint and early stopping would otherwise depend on when it was interrupted.
         """

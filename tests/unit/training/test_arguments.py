@@ -225,13 +225,13 @@ def test_sharding_the_run_does_not_know_of_is_refused(monkeypatch: pytest.Monkey
 def test_fsdp_settings_reach_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    from fiducial.training.arguments import _check_launch, _distribution
+    from fiducial.training.arguments import _check_launch, distribution
 
     cfg = validate_config(
         BASE | {"fsdp_version": 2, "fsdp_config": {"offload_params": True, "reshard_after_forward": True}}
     )
     _check_launch(cfg)
-    settings = _distribution(cfg)
+    settings = distribution(cfg)
     assert settings["fsdp"] is True
     assert settings["fsdp_config"] == {"version": 2, "cpu_offload": True, "reshard_after_forward": True}
     assert settings["ddp_backend"] == "cuda:nccl,cpu:gloo"
