@@ -20,6 +20,8 @@ TOOLS_UNWRITTEN = "the chat template writes no tools, so that the column is not 
 CALLS_UNWRITTEN = "the chat template writes no tool calls: they are left out of rows that have them"
 AS_CHAT = {"trl.explicit": "trl.explicit_chat", "kto.trl": "kto.trl_chat", "hh": "hh.chat"}
 """Formats of plain text that `type: auto` recognises, and what the same rows are as conversations."""
+MEDIA = frozenset({"image", "images", "video", "videos", "audio", "audios"})
+"""What columns are called that hold what no text model reads."""
 LOOK_AT = 100
 """Rows `type: auto` decides by."""
 
@@ -46,6 +48,11 @@ def choose_reading(
     work = RowTokenizer(config.path, format_.read, fields, tokenize, format_.scores or read_scores)
     account = DatasetAudit(config.path, name)
     account.unread_columns = [column for column in columns if column not in fields.columns.values()]
+    for column in MEDIA.intersection(account.unread_columns):
+        if any(row.get(column) for row in rows):
+            account.notes.append(
+                f"answers about what is in '{column}' are learnt without it: text alone is read"
+            )
     if fields is not found:
         account.notes.append(TOOLS_UNWRITTEN)
     account.notes += _odd_template(work, rows)

@@ -156,6 +156,14 @@ def test_text_that_is_already_marked_is_no_conversation_to_be_written(load: Load
     assert load([marked]).audit.datasets[0].notes == []
 
 
+def test_pictures_beside_the_text_are_missed(load: Load) -> None:
+    """As LLaMA-Factory and TRL hold them: the text may not speak of them."""
+    seen = GOOD_CHAT | {"images": ["a.png"]}
+    [note] = load([GOOD_CHAT | {"images": []}, seen]).audit.datasets[0].notes
+    assert note == "answers about what is in 'images' are learnt without it: text alone is read"
+    assert load([GOOD_CHAT | {"images": []}]).audit.datasets[0].notes == []
+
+
 def test_marks_that_are_no_tokens_are_noted(load: Load) -> None:
     notes = load([GOOD_CHAT], tokenizer={"chat_template": "gemma"}).audit.datasets[0].notes
     assert notes == [
