@@ -95,7 +95,6 @@ def read_run(
     data = fit_to_method(
         data,
         checked.method,
-        seed=checked.optimization.seed,
         sequence_len=checked.data.sequence_len,
         trains=trains,
     )

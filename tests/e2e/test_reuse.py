@@ -50,6 +50,7 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "epochs": ({}, {"num_epochs": 3}),
     "schedule of batches": ({}, {"micro_batch_size": 2, "micro_batch_tokens": 40}),
     "fewer rows": ({}, {"rows": 7}),
+    "seed of kto": ({"rl": "kto", "rows": 6}, {"seed": 7}),
 }
 
 

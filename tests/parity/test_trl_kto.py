@@ -63,7 +63,7 @@ def rows(labels: Sequence[bool] = LABELS) -> list[TokenizedGroup]:
         TokenizedGroup(group.prompt, group.completions[:1], (1.0 if labels[number % len(labels)] else -1.0,))
         for number, group in enumerate(random_groups(STEPS * BATCH_SIZE))
     ]
-    mismatched = add_mismatched(from_groups(groups), seed=7, sequence_len=64, where="rows")
+    mismatched = add_mismatched(from_groups(groups), sequence_len=64, where="rows")
     return [mismatched[index] for index in range(len(mismatched))]
 
 

@@ -25,7 +25,7 @@ ADVISED = (1.0, 4 / 3)
 
 
 def fit_to_method(
-    data: PreparedData, method: MethodConfig, *, seed: int, sequence_len: int, trains: bool = True
+    data: PreparedData, method: MethodConfig, *, sequence_len: int, trains: bool = True
 ) -> PreparedData:
     """The data in the form `method` learns from; what only training asks of it is asked if it `trains`.
 
@@ -43,10 +43,10 @@ def fit_to_method(
     evaluation = None if data.evaluation is None else unpair(data.evaluation)
     audit = _account(data, train, evaluation, method, trains=trains)
     if method.mismatched:
-        train = add_mismatched(train, seed=seed, sequence_len=sequence_len, where="datasets")
+        train = add_mismatched(train, sequence_len=sequence_len, where="datasets")
         if evaluation is not None:
             where = "test_datasets, val_set_size"
-            evaluation = add_mismatched(evaluation, seed=seed, sequence_len=sequence_len, where=where)
+            evaluation = add_mismatched(evaluation, sequence_len=sequence_len, where=where)
     return PreparedData(train, evaluation, audit)
 
 

@@ -2,15 +2,15 @@
 
 KTO estimates how far the policy has moved from its reference on pairs (x, y') that do not belong together
 (Ethayarajh et al. 2024, https://arxiv.org/abs/2402.01306, §4.1). Here y' is fixed before training: items are
-put into an order drawn from the seed and their own content, equal prompts next to each other, and each takes
-the completion of the item so many places on that no equal prompts meet, if that can be. So
+put into an order that a hash of their content draws, equal prompts next to each other, and each takes the
+completion of the item so many places on that no equal prompts meet, if that can be. So
 
 - every completion is somebody's y' exactly once;
-- neither the data's order nor the batch size changes who gets which, and a batch of one will do;
-- the reference's log-probs of (x, y') can be scored once and kept, like those of any completion.
+- neither the data's order, the seed nor the batch size changes who gets which, and a batch of one will do;
+- the reference's log-probs of (x, y') can be scored once and kept, like those of any completion; of appended
+  items those are new, and the few that stand before them in the order.
 """
 
-import hashlib
 from collections import Counter
 
 import numpy as np
@@ -21,27 +21,24 @@ from fiducial.data.tokenize import TokenizedGroup
 from fiducial.errors import DataError
 
 
-def add_mismatched(
-    dataset: TokenizedDataset, *, seed: int, sequence_len: int, where: str
-) -> TokenizedDataset:
+def add_mismatched(dataset: TokenizedDataset, *, sequence_len: int, where: str) -> TokenizedDataset:
     """Items (x, (y,)) as (x, (y, y')); y' is cut where x + y' has more than `sequence_len` tokens.
 
     Args:
         dataset: items with one completion each, none longer than `sequence_len` with its prompt.
-        seed: of the order.
         sequence_len: most tokens of prompt + completion.
         where: what the items are, for the message.
 
     Raises:
         DataError: all items have the same prompt.
     """
-    partners = derange(dataset, seed=seed, where=where)
+    partners = derange(dataset, where=where)
     return from_groups(
         _with(dataset[index], dataset[int(partner)], sequence_len) for index, partner in enumerate(partners)
     )
 
 
-def derange(dataset: TokenizedDataset, *, seed: int, where: str) -> Indices:
+def derange(dataset: TokenizedDataset, *, where: str) -> Indices:
     """For each item the index of the one whose completion it is given: a permutation without a fixed point.
 
     Two items with one prompt meet only where more than half of all items have that prompt, and then as few
@@ -58,10 +55,7 @@ def derange(dataset: TokenizedDataset, *, seed: int, where: str) -> Indices:
             f"{where}: all {len(groups)} completions answer one prompt, and kto needs the answer to another "
             f"beside each. Give more prompts, or write kto_loss_type: apo_zero_unpaired."
         )
-    places = sorted(
-        range(len(groups)),
-        key=lambda index: (_drawn(prompts[index], seed), _drawn(_content(groups[index]), seed)),
-    )
+    places = sorted(range(len(groups)), key=lambda index: (prompts[index], groups[index].keys))
     # Equal prompts stand together, so a step as long as the longest run of them leads out of every run.
     partners = np.empty(len(groups), dtype=np.int64)
     partners[places] = np.roll(places, -max(blocks.values()))
@@ -71,12 +65,3 @@ def derange(dataset: TokenizedDataset, *, seed: int, where: str) -> Indices:
 def _with(group: TokenizedGroup, other: TokenizedGroup, sequence_len: int) -> TokenizedGroup:
     mismatched = other.completions[0][: sequence_len - len(group.prompt)]
     return TokenizedGroup(group.prompt, (*group.completions, mismatched), (*group.scores, float("nan")))
-
-
-def _content(group: TokenizedGroup) -> bytes:
-    return bytes.fromhex(group.keys[0])
-
-
-def _drawn(content: bytes, seed: int) -> bytes:
-    """A number that only `content` and `seed` decide."""
-    return hashlib.blake2b(content, digest_size=16, key=str(seed).encode()).digest()

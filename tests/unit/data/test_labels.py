@@ -31,7 +31,7 @@ def fit(
     ) -> PreparedData:
         test_files = [{"path": str(write(tests))}] if tests else []
         cfg = run_config({"path": str(write(rows))}, tests=test_files, **options)
-        return fit_to_method(load_groups(cfg, byte_tokenizer), method, seed=3, sequence_len=2048)
+        return fit_to_method(load_groups(cfg, byte_tokenizer), method, sequence_len=2048)
 
     return load_for
 
