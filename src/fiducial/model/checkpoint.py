@@ -13,7 +13,15 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from fiducial import compat
 from fiducial.config.schema import ModelConfig
@@ -79,9 +87,8 @@ def load_weights(
     Raises:
         ModelError: It is damaged, incomplete, no causal language model, or only there as pickle.
     """
-    auto: Any = AutoModelForCausalLM  # typed as if it never returned the loading info
     try:
-        model, info = auto.from_pretrained(
+        model, info = auto_class(config).from_pretrained(
             checkpoint.path,
             revision=checkpoint.revision,
             config=config,
@@ -104,6 +111,14 @@ def load_weights(
     _require_complete(checkpoint, info)
     assert isinstance(model, PreTrainedModel)
     return model
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """What reads a checkpoint of `config` as a language model: whole where no class is for text alone."""
+    with_vision = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if with_vision and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def attention_to_load(config: PreTrainedConfig, cfg: ModelConfig) -> str | None:

@@ -62,9 +62,11 @@ def choose_layout(
 
     Raises:
         ModelError: `packing` is True and the model cannot be packed; or what a sequence gets depends on what
-            shares its pass, in any layout.
+            shares its pass, in any layout; or the model is not causal.
     """
     _require_steady_positions(model, longest or max((group.longest for group in groups), default=0))
+    with _as_it_was(model):
+        _require_causal(causal_lm(model))
     if packing is False:
         return LayoutChoice("padded", "Packing is switched off.")
     try:
@@ -104,6 +106,20 @@ def _ask(model: PreTrainedModel) -> None:
     set_attention(inner, PACKED)
     if config._attn_implementation != PACKED:
         raise _NotPackableError(f"{name} does not take its attention from transformers' AttentionInterface.")
+
+
+def _require_causal(model: PreTrainedModel) -> None:
+    """Raise `ModelError` where a model that reads pictures too reads text in both directions."""
+    if model.config.get_text_config() is model.config:
+        return
+    ids = torch.arange(8, device=model.device)[None]
+    other = torch.cat([ids[:, :-1], ids[:, -1:] + 1], 1)
+    before, after = (model(input_ids=each, use_cache=False).logits[:, :-1] for each in (ids, other))
+    if (before - after).abs().mean().item() > _HALF_MEAN_DIFFERENCE:
+        raise ModelError(
+            f"{type(model).__name__} is no causal language model: a later token moves what it says before. "
+            "Preference losses need one."
+        )
 
 
 def _require_steady_positions(model: PreTrainedModel, longest: int) -> None:

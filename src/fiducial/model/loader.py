@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fiducial import compat
 from fiducial.config.load import validate_config
 from fiducial.config.schema import RunConfig
 from fiducial.errors import ModelError
 from fiducial.model import adapters
-from fiducial.model.checkpoint import attention_to_load, load_weights, read_config
+from fiducial.model.checkpoint import attention_to_load, auto_class, load_weights, read_config
 from fiducial.model.fused_layers import fuse_layers, fused_layers
 from fiducial.model.offload import is_offloaded, layer_placement
 from fiducial.model.precision import Precision, resolve_precision
@@ -148,7 +148,7 @@ class ModelLoader:
         fused = fused_layers(cfg, config)
         with drawn_from(cfg.optimization.seed):
             if reinit:
-                model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                model: PreTrainedModel = auto_class(config).from_config(
                     config,
                     dtype=dtype,
                     attn_implementation=attention_to_load(config, cfg.model),

@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
+
+from fiducial.model.checkpoint import auto_class
 
 Where = Literal["cpu", "disk"]
 
@@ -17,7 +19,7 @@ Where = Literal["cpu", "disk"]
 def layer_placement(config: PreTrainedConfig, where: Where, *, trust_remote_code: bool) -> dict[str, Any]:
     """Arguments of `from_pretrained` that keep the layers of `config`'s model `where` until they compute."""
     with torch.device("meta"):
-        shape = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        shape = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     computes: int | str = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
     return {"device_map": _places(shape, where, computes)}
 
