@@ -1,7 +1,6 @@
 """What a run says of itself, on the screen and in `plan.json`: what was predicted, and what was measured."""
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ import torch
 
 from fiducial.data.dataset import TokenizedDataset
 from fiducial.model.precision import resolve_precision
-from fiducial.prepare import Policy, ProvedReference, Run
+from fiducial.prepare import Policy, ProvedReference, Run, is_first_process
 from fiducial.record_keeping import held_out, trained_on
 from fiducial.reference.describe import plan_report, render_plan
 from fiducial.reference.fill import warn
@@ -68,11 +67,7 @@ class RunReport:
         )
         if expected is None:
             return None
-        self.run.console.print(
-            f"At {speed / 1e9:,.0f} GFLOP/s, training takes at least {_duration(expected.training)}, and "
-            f"scoring the reference {_duration(expected.scoring)} where nothing of it is cached.",
-            soft_wrap=True,
-        )
+        run.console.print(expected.sentence(speed, run.plan), soft_wrap=True)
         return asdict(expected)
 
     def tell_resumed(self, checkpoint: Path) -> None:
@@ -142,7 +137,7 @@ class RunReport:
 
     def write(self) -> None:
         """Put the record into the output folder, whole or not at all."""
-        if os.environ.get("RANK", "0") != "0":
+        if not is_first_process():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.folder / f"{PLAN_FILE}.tmp"
@@ -155,12 +150,6 @@ def _amount(data: TokenizedDataset | None) -> Amount:
         return Amount(0, 0)
     tokens = int(data.lengths.sum())
     return Amount(tokens, tokens - int(data.piece_lengths(0).sum()))
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _longest_group(run: Run) -> int | None:

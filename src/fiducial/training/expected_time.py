@@ -39,6 +39,14 @@ class ExpectedSeconds:
     scoring: float
     training: float
 
+    def sentence(self, speed: float, plan: ReferencePlan) -> str:
+        """What was reckoned, for people; `speed` in operations a second of one process."""
+        training = f"At {speed / 1e9:,.0f} GFLOP/s, training takes at least {_duration(self.training)}"
+        if plan.schedule is None:
+            return f"{training}."
+        cached = " where nothing of it is cached" if plan.kept else ""
+        return f"{training}, and scoring the reference {_duration(self.scoring)}{cached}."
+
 
 def expected_seconds(
     cfg: RunConfig,
@@ -94,3 +102,9 @@ def products_a_second(model: ModelFacts, dtype: torch.dtype, device: torch.devic
     )
     seconds = timer.blocked_autorange(min_run_time=_MEASURED_SECONDS).median
     return 2.0 * _MEASURED_TOKENS * sizes.hidden * sizes.intermediate / seconds
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -3,10 +3,12 @@
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from fiducial.config.methods import ORPOConfig
 from fiducial.config.schema import RunConfig
 from fiducial.reference.facts import Facts, gather_facts
 from fiducial.reference.plan import plan_reference
@@ -84,3 +86,19 @@ def test_the_speed_is_that_of_the_products(base: Path) -> None:
         left @ right
         seconds.append(time.perf_counter() - began)
     assert 0.2 < speed * min(seconds) / (2 * 512 * 512 * 1024) < 5
+
+
+@pytest.mark.parametrize(
+    ("settings", "scoring"),
+    [
+        ({}, ", and scoring the reference 3.0 s where nothing of it is cached."),
+        ({"reference": {"schedule": "live"}}, ", and scoring the reference 3.0 s."),
+        ({"method": ORPOConfig()}, "."),
+    ],
+)
+def test_a_reference_that_nothing_is_kept_of_is_not_said_to_be_cached(
+    base: Path, settings: dict[str, Any], scoring: str
+) -> None:
+    cfg = run(base_model=str(base), **settings)
+    sentence = ExpectedSeconds(3.0, 600.0).sentence(2e9, plan_reference(cfg, gather_facts(cfg)))
+    assert sentence == f"At 2 GFLOP/s, training takes at least 10 min{scoring}"
