@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fiducial.config.schema import AdapterConfig, RunConfig
 from fiducial.errors import ConfigError, ModelError
@@ -58,21 +58,45 @@ def _merge(cfg: RunConfig, output: Path | None) -> Path:
     target = output or trained / "merged"
     adapter = _trained_adapter(cfg, trained)
     _keep_sources(target, cfg, trained)
+    _require_unshared_layers(cfg, trained)
+    base = _base_in_full(cfg)
+    make_folder(target, "--output", adapter=False)
+
+    run = _in_full_precision(cfg, adapter, trained)
+    tokenizer = load_tokenizer(run)
+    _require_base_of_then(cfg, trained, tokenizer)
+    policy, _ = ModelLoader(run, tokenizer).load()
+    assert isinstance(policy, PeftModel)
+    merged: Any = merge_into_base(policy, f"the adapter in {trained}")
+    make_savable(merged, cfg.model.base_model)
+    _save(merged.to(base.dtype or merged.dtype), tokenizer, target)
+    return target
+
+
+def _require_unshared_layers(cfg: RunConfig, trained: Path) -> None:
+    """Refuse an adapter whose layers hold one weight of the base several times."""
     if read_adapter_facts(str(trained), allow_pickle=cfg.model.allow_pickle_weights).layer_replication:
         raise ModelError(
             f"output_dir: the adapter in {trained} stacks layers of the base that share weights "
             "(peft_layer_replication), and merging it would change all of them. Load it with PEFT."
         )
+
+
+def _base_in_full(cfg: RunConfig) -> PreTrainedConfig:
+    """The base's config; `ModelError` where its weights are quantised."""
     base = read_config(Checkpoint(cfg.model.base_model, cfg.model.revision), cfg.model, {})
     if getattr(base, "quantization_config", None) is not None:
         raise ModelError(
             f"base_model: {cfg.model.base_model} holds quantised weights, and merging would round them "
             "again. Name the checkpoint it was made from, or load the adapter beside it."
         )
-    make_folder(target, "--output", adapter=False)
+    return base
 
+
+def _in_full_precision(cfg: RunConfig, adapter: AdapterConfig, trained: Path) -> RunConfig:
+    """The run that resumes what was trained, in float32 and with the tokenizer saved beside it."""
     has_tokenizer = (trained / "tokenizer_config.json").is_file()
-    tokenizer_cfg = cfg.tokenizer.model_copy(update={"path": str(trained)} if has_tokenizer else {})
+    tokenizer = cfg.tokenizer.model_copy(update={"path": str(trained)} if has_tokenizer else {})
     full_precision = {
         "dtype": "float32",
         "autocast": None,
@@ -80,17 +104,13 @@ def _merge(cfg: RunConfig, output: Path | None) -> Path:
         "load_in_4bit": False,
         "gradient_checkpointing": False,
     }
-    model_cfg = cfg.model.model_copy(update=full_precision)
-    run = cfg.model_copy(update={"model": model_cfg, "adapter": adapter, "tokenizer": tokenizer_cfg})
+    model = cfg.model.model_copy(update=full_precision)
+    return cfg.model_copy(update={"model": model, "adapter": adapter, "tokenizer": tokenizer})
 
-    tokenizer = load_tokenizer(run)
-    _require_base_of_then(cfg, trained, tokenizer)
-    policy, _ = ModelLoader(run, tokenizer).load()
-    assert isinstance(policy, PeftModel)
-    merged: Any = merge_into_base(policy, f"the adapter in {trained}")
-    make_savable(merged, cfg.model.base_model)
+
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
     try:
-        merged.to(base.dtype or merged.dtype).save_pretrained(target)
+        model.save_pretrained(target)
         tokenizer.save_pretrained(target)
     except Exception as error:  # every writer has its own exception type; all others pass on unchanged
         if not is_full_disk(error):
@@ -99,7 +119,6 @@ def _merge(cfg: RunConfig, output: Path | None) -> Path:
             f"the disk that holds {target} is full, and the model there is incomplete. Make room, or name "
             "another folder with --output."
         ) from error
-    return target
 
 
 def _trained_adapter(cfg: RunConfig, trained: Path) -> AdapterConfig:

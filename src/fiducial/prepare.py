@@ -119,23 +119,12 @@ def prove(
     if run.plan.source is Source.ADAPTER_OFF:
         require_adapter_off(policy.scorer, groups)
     second = None if run.precomputes else _second_model(run, policy, device)
-    if not run.precomputes:
-        put_named_adapter(run.plan, policy.model, pickle=run.cfg.model.allow_pickle_weights)
-    reference = build_reference(run.plan, policy.scorer, second, None if ahead is None else ahead.store)
-    if ahead is not None and isinstance(reference, Precomputed):
-        reference = replace(reference, same_arithmetic=ahead.same_arithmetic)
+    reference = _planned(run, policy, second, ahead)
     if isinstance(reference, NoReference):
         return ProvedReference(reference, groups, None)
     with all_or_none():
         require_steady(policy.scorer, groups)
-    identity = None
-    if ahead is not None:
-        identity = ahead.store.identity
-    else:
-        with all_or_none():
-            # Weights are hashed once, and by other processes only where they open the records by it.
-            if is_first_process() or run.plan.writes_through:
-                identity = identify_unchanged(run, second or policy.scorer)
+    identity = _identity(run, second or policy.scorer, ahead)
     approximation = measure_error(run, policy, reference, groups)
     with all_or_none():
         proof = prove_reference(
@@ -165,6 +154,26 @@ def _second_model(run: Run, policy: Policy, device: torch.device) -> Scorer | No
         share_frozen_weights(policy.model, second.model)
         free_memory()
     return second
+
+
+def _planned(run: Run, policy: Policy, second: Scorer | None, ahead: ScoredAhead | None) -> Reference:
+    """What answers for the reference, as planned."""
+    if ahead is None:
+        put_named_adapter(run.plan, policy.model, pickle=run.cfg.model.allow_pickle_weights)
+    reference = build_reference(run.plan, policy.scorer, second, None if ahead is None else ahead.store)
+    if ahead is not None and isinstance(reference, Precomputed):
+        return replace(reference, same_arithmetic=ahead.same_arithmetic)
+    return reference
+
+
+def _identity(run: Run, scorer: Scorer, ahead: ScoredAhead | None) -> Identity | None:
+    """Which weights the reference is; None in processes that need not know."""
+    if ahead is not None:
+        return ahead.store.identity
+    with all_or_none():
+        # Weights are hashed once, and by other processes only where they open the records by it.
+        needed = is_first_process() or run.plan.writes_through
+        return identify_unchanged(run, scorer) if needed else None
 
 
 def measure_error(
