@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 from fiducial import assembly
 from fiducial.train import train
 from fiducial.training import arguments
-from fiducial.training.callbacks import Interrupted
+from fiducial.training.interruption import Interrupted
 from fiducial.training.trainer import PreferenceTrainer
 
 

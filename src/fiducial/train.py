@@ -38,9 +38,10 @@ from fiducial.run_record import RECORD_FILE, find_record, require_resumable
 from fiducial.run_report import PLAN_FILE, RunReport
 from fiducial.training.arguments import check_settings, training_arguments, world_size
 from fiducial.training.budget import choose_token_budget
-from fiducial.training.callbacks import Interrupted, Interruption, saved_micro_batch_tokens
+from fiducial.training.callbacks import saved_micro_batch_tokens
 from fiducial.training.checkpoints import Launch, full_disk_explained, to_resume
 from fiducial.training.closing import closing_table, first_and_last
+from fiducial.training.interruption import Interrupted, Interruption
 from fiducial.training.loggers import close_loggers, reporting, require_loggers
 from fiducial.training.meeting import before_they_meet
 from fiducial.training.output_folder import keep_sources, make_output_folder, require_room

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from fiducial.errors import DataError
 from fiducial.evaluate import evaluate
 from fiducial.train import TrainResult, preprocess, train
-from fiducial.training.callbacks import Interrupted, read_metrics_lines
+from fiducial.training.callbacks import read_metrics_lines
+from fiducial.training.interruption import Interrupted
 from launching import two_processes
 from resuming import interrupt_after, left_behind
 from run_configs import run_config, write_labelled

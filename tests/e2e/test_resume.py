@@ -15,7 +15,7 @@ from fiducial.errors import ConfigError, ModelError
 from fiducial.evaluate import evaluate
 from fiducial.run_record import RECORD_FILE
 from fiducial.train import train
-from fiducial.training.callbacks import Interrupted
+from fiducial.training.interruption import Interrupted
 from resuming import interrupt_after, left_behind
 from run_configs import run_config
 from tiny import save_adapter, save_checkpoint

@@ -15,7 +15,8 @@ from fiducial.finished import from_folder
 from fiducial.reference.cache.inventory import Inventory
 from fiducial.reference.kept import Kept
 from fiducial.train import TrainResult, train
-from fiducial.training.callbacks import Interrupted, read_metrics_lines
+from fiducial.training.callbacks import read_metrics_lines
+from fiducial.training.interruption import Interrupted
 from fiducial.training.trainer import PreferenceTrainer
 from launching import two_processes
 from resuming import interrupt_after

@@ -15,7 +15,7 @@ from fiducial.reference.kept import Kept
 from fiducial.reference.kinds import Sync
 from fiducial.reference.moving import STATE_FILE, ModelFollower
 from fiducial.train import train
-from fiducial.training.callbacks import Interrupted
+from fiducial.training.interruption import Interrupted
 from launching import two_processes
 from resuming import interrupt_after, left_behind
 from run_configs import run_config

@@ -15,7 +15,8 @@ from fiducial.errors import ModelError, TrainingError
 from fiducial.reference.approximation import LARGEST_MEAN
 from fiducial.run_report import PLAN_FILE
 from fiducial.train import TrainResult, train
-from fiducial.training.callbacks import Interrupted, read_metrics_lines
+from fiducial.training.callbacks import read_metrics_lines
+from fiducial.training.interruption import Interrupted
 from launching import free_port
 from quantised import HELD, save_checkpoints, short_run
 from resuming import interrupt_after
