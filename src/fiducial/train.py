@@ -68,6 +68,8 @@ class TrainResult:
 def train(cfg: RunConfig | Mapping[str, Any], *, console: Console | None = None) -> TrainResult:
     """Align a model as `cfg` says, in the keys of the YAML dialect or as a `RunConfig`.
 
+    What a run says goes to `console`, the terminal by default; `rich.console.Console(quiet=True)` is silent.
+
     Raises:
         FiducialError: the user can mend it; the message says how.
         Interrupted: Ctrl-C; a checkpoint was saved, and the message says how to go on.

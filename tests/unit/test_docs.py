@@ -20,6 +20,7 @@ from fiducial.config.load import load_run, validate_config
 from fiducial.config.methods import METHODS
 from fiducial.config.methods.dpo import MODIFIERS
 from fiducial.reference.describe import plan_run
+from fiducial.reference.memory import LARGEST_BUDGET
 
 EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -174,6 +175,12 @@ def test_the_page_of_losses_and_its_plots_are_what_they_are_made_from(
     assert (ROOT / "docs" / "losses.md").read_text(encoding="utf-8") == made["page"](), "run: make docs"
     for path, plot in made["plots"]().items():
         assert path.read_text(encoding="utf-8") == plot, "run: make docs"
+
+
+def test_the_largest_passes_are_those_of_the_code() -> None:
+    text = " ".join((ROOT / "docs" / "reference.md").read_text(encoding="utf-8").split())
+
+    assert f"{LARGEST_BUDGET['gpu']:,} tokens on a GPU and {LARGEST_BUDGET['cpu']:,} on a CPU" in text
 
 
 def test_every_loss_is_explained() -> None:
