@@ -23,14 +23,16 @@ RECORD_FILE = "run.json"
 FORMAT = 1
 """Raised when the file is written another way."""
 _DECIDED = ("model.dtype", "model.autocast")
-_SHAPES_STATE = (
+_KEPT_WITH_STATE = (
     *("optimization.optimizer", "model.unfrozen_parameters", "adapter.r", "adapter.rank_pattern"),
     *("adapter.target_modules", "adapter.target_linear", "adapter.target_parameters"),
     *("adapter.modules_to_save", "adapter.trainable_token_indices", "adapter.ensure_weight_tying"),
     *("adapter.layers_to_transform", "adapter.layers_pattern", "adapter.layer_replication"),
     *("adapter.use_dora", "adapter.bias"),
+    *("adapter.alpha", "adapter.alpha_pattern", "adapter.use_rslora", "adapter.init_lora_weights"),
 )
-"""Settings that say which weights are trained, of which shape, and what the optimizer keeps of them."""
+"""Settings that say which weights are trained, of which shape, what the optimizer keeps of them, and which
+policy an adapter's weights make."""
 _ONE_STATE = frozenset({"adamw_torch", "adamw_torch_fused"})
 """Optimizers that keep the same."""
 
@@ -182,7 +184,7 @@ def require_resumable(checkpoint: Path, then: RunConfig, now: RunConfig) -> None
     A reference that follows the policy is among them: without it the run would be back at its start.
     """
     moves = (then.reference.schedule == "synced") != (now.reference.schedule == "synced")
-    kept = _SHAPES_STATE + (("reference.schedule",) if moves else ())
+    kept = _KEPT_WITH_STATE + (("reference.schedule",) if moves else ())
     found = {name: words for name, words in _changes(then, now).items() if name in kept}
     if {then.optimization.optimizer, now.optimization.optimizer} <= _ONE_STATE:
         found.pop("optimization.optimizer", None)

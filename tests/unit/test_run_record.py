@@ -130,6 +130,8 @@ def test_settings_that_changed_since_are_named_by_their_keys() -> None:
         ({"optimizer": "sgd"}, "optimizer: adamw_torch_fused then, sgd now"),
         ({"lora_r": 16}, "lora_r: 8 then, 16 now"),
         ({"lora_target_modules": ["q_proj"]}, "lora_target_modules: "),
+        ({"lora_alpha": 32, "peft_use_rslora": True}, "lora_alpha: 16 then, 32 now; peft_use_rslora"),
+        ({"peft_init_lora_weights": "pissa"}, "peft_init_lora_weights: True then, pissa now"),
         (
             {"lora_modules_to_save": ["lm_head"], "peft_use_dora": True},
             "lora_modules_to_save: .*; peft_use_dora",
@@ -160,7 +162,7 @@ def test_a_reference_that_had_moved_is_not_left_behind() -> None:
 
 
 def test_what_the_saved_state_does_not_depend_on_may_change() -> None:
-    changed = {"optimizer": "adamw_torch", "learning_rate": 1e-4, "lora_alpha": 32, "lora_dropout": 0.1}
+    changed = {"optimizer": "adamw_torch", "learning_rate": 1e-4, "lora_dropout": 0.1}
     require_resumable(Path(), validate_config(SETTINGS), validate_config(SETTINGS | changed))
 
 
