@@ -218,6 +218,12 @@ def test_another_adapter_than_lora_is_refused() -> None:
         plan_reference(cfg, facts)
 
 
+def test_a_server_is_another_policy_whatever_it_calls_its_model() -> None:
+    result = plan(SERVED | {"model": "base"})
+    assert decision(result) == (Source.ENDPOINT, PRE)
+    assert not result.equals_starting_policy
+
+
 def test_a_server_is_asked_once() -> None:
     result = plan(SERVED)
     assert decision(result) == (Source.ENDPOINT, PRE)
