@@ -45,7 +45,9 @@ def test_values_are_read_as_yaml(tmp_path: Path) -> None:
         "lora_target_modules=[o_proj]",
         "reference={source: separate_model}",
         "gradient_checkpointing=true",
+        "optim_args=betas=0.9",
     )
+    assert config.optimization.optim_args == "betas=0.9", "the first sign divides"
     assert config.adapter is not None
     assert config.adapter.target_modules == ("o_proj",)
     assert config.reference.source == "separate_model"

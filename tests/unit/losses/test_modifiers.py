@@ -6,7 +6,7 @@ import torch
 from comparing import comparison
 from fiducial.config import methods
 from fiducial.data.batch import pack
-from fiducial.logps import SequenceLogps, TokenLogps
+from fiducial.logps import ON_POLICY, SequenceLogps, TokenLogps
 from fiducial.losses import build_loss
 from fiducial.losses.exponential import expm1
 from fiducial.losses.modifiers import token_weights
@@ -26,6 +26,13 @@ def test_ld_alpha_weighs_tokens_beyond_the_shorter_completion() -> None:
     assert weigh(pack(groups, layout="packed")).tolist() == expected
     assert weigh(pack(groups, layout="padded")).tolist() == expected
     assert weigh(pack([], layout="packed")).tolist() == []
+
+
+def test_a_weighted_sum_asks_for_what_any_of_its_parts_reads() -> None:
+    parts = (methods.SFTConfig(), methods.DPOConfig(ld_alpha=0.5, use_weighting=True))
+    loss = build_loss(methods.MixtureConfig(losses=parts, weights=(1.0, 1.0)))
+    assert loss.statistics == (ON_POLICY,)
+    assert loss.token_weights is not None
 
 
 def test_without_ld_alpha_nothing_is_weighed() -> None:
