@@ -138,9 +138,9 @@ def test_shuffled_rows_come_in_another_order_and_with_the_same_partners(tmp_path
     ]
 
     assert max(logs(runs[0], "kl")) > 1e-3
-    assert logs(runs[1], "loss") == pytest.approx(logs(runs[0], "loss"), rel=1e-4)
-    assert logs(runs[1], "kl") == pytest.approx(logs(runs[0], "kl"), rel=1e-3, abs=1e-6)
-    assert logs(runs[2], "kl") != pytest.approx(logs(runs[0], "kl"), rel=1e-3), "a seed draws partners"
+    for shuffled in runs[1:]:
+        assert logs(shuffled, "loss") == pytest.approx(logs(runs[0], "loss"), rel=1e-4)
+        assert logs(shuffled, "kl") == pytest.approx(logs(runs[0], "kl"), rel=1e-3, abs=1e-6)
 
 
 def test_mismatched_completions_are_scored_once_and_kept(
