@@ -63,6 +63,7 @@ def read_config(checkpoint: Checkpoint, cfg: ModelConfig, overrides: dict[str, A
         )
     assert isinstance(config, PreTrainedConfig)
     _require_valid(config, overrides)
+    _require_rope_theta(config, overrides)
     _silence_dropout(config)
     return config
 
@@ -76,6 +77,16 @@ def _require_valid(config: PreTrainedConfig, overrides: dict[str, Any]) -> None:
     except StrictDataclassError as error:
         why = str(error.__cause__ or error)
         raise ModelError(f"model_config: the config contradicts itself with {overrides}: {why}.") from error
+
+
+def _require_rope_theta(config: PreTrainedConfig, overrides: dict[str, Any]) -> None:
+    """Raise `ModelError` where `rope_parameters` replace the checkpoint's, and with them its base."""
+    ropes = getattr(config, "rope_parameters", None) or {}
+    if "rope_parameters" in overrides and "rope_type" in ropes and ropes.get("rope_theta") is None:
+        raise ModelError(
+            "model_config: rope_parameters replace the checkpoint's own as a whole, and have no rope_theta. "
+            "Copy it from its config.json beside the others."
+        )
 
 
 @compat.weights_in_every_process()

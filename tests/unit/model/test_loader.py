@@ -154,6 +154,13 @@ def test_overrides_that_could_not_be_saved_are_refused_before_training(tmp_path:
         load(run(base, config_overrides={"num_hidden_layers": 1}))
 
 
+def test_rotary_settings_without_their_base_are_refused(base: Path) -> None:
+    ropes = {"rope_type": "linear", "factor": 2.0}
+    with pytest.raises(ModelError, match="have no rope_theta"):
+        load(run(base, config_overrides={"rope_parameters": ropes}))
+    load(run(base, config_overrides={"rope_parameters": ropes | {"rope_theta": 10000.0}}))
+
+
 def test_router_logits_that_no_loss_reads_are_refused(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, "mixtral", num_key_value_heads=2)
     with pytest.raises(ModelError, match="output_router_logits: nothing is done with them"):
