@@ -24,6 +24,13 @@ UNGATED = frozenset(
         "phi",
         "codegen",
         "starcoder2",
+        "apertus",
+        "arcee",
+        "nemotron",
+        "persimmon",
+        "mpt",
+        "biogpt",
+        "xglm",
     }
 )
 """Families whose MLP has one matrix up, not two."""
@@ -47,6 +54,8 @@ class Sizes:
     """MLPs a layer holds."""
     active_experts: int = 1
     """MLPs a token passes through in a layer."""
+    per_layer_embeddings: int = 0
+    """Embeddings of tokens that layers read beside their input (Gemma 3n and 4), all layers' together."""
     positions: int | None = None
     """Tokens of the longest sequence it was made for; None where its config does not say."""
 
@@ -65,12 +74,13 @@ def read_sizes(config: Mapping[str, Any]) -> Sizes | None:
     """The sizes in a config.json under the names families use; None where it describes no decoder."""
     hidden = _number(config, "hidden_size", "n_embd", "d_model", "dim")
     layers = _number(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
+    layers = layers or len(config.get("layers_block_type") or config.get("layer_types") or ())
     vocab_size = _number(config, "vocab_size")
     if not (hidden and layers and vocab_size):
         return None
     heads = _number(config, "num_attention_heads", "n_head", "n_heads", "num_heads") or 1
     width = _number(config, "intermediate_size", "n_inner", "ffn_dim") or 4 * hidden
-    experts = _number(config, "num_local_experts", "num_experts", "n_routed_experts") or 1
+    experts = _number(config, "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts") or 1
     mixture = experts > 1
     return Sizes(
         hidden=hidden,
@@ -81,11 +91,17 @@ def read_sizes(config: Mapping[str, Any]) -> Sizes | None:
         intermediate=(_number(config, "moe_intermediate_size") if mixture else None) or width,
         vocab_size=vocab_size,
         experts=experts,
-        active_experts=(_number(config, "num_experts_per_tok") if mixture else None) or 1,
+        active_experts=(_number(config, "num_experts_per_tok", "moe_k") if mixture else None) or 1,
+        per_layer_embeddings=_per_layer_embeddings(config, layers),
         positions=None
         if _is_stretched(config)
         else _number(config, "max_position_embeddings", "n_positions"),
     )
+
+
+def _per_layer_embeddings(config: Mapping[str, Any], layers: int) -> int:
+    width = _number(config, "hidden_size_per_layer_input") or 0
+    return layers * width * (_number(config, "vocab_size_per_layer_input") or 0)
 
 
 def _is_stretched(config: Mapping[str, Any]) -> bool:
@@ -117,10 +133,14 @@ def implied_tensors(sizes: Sizes, *, tied: bool, gated: bool, dtype: str) -> dic
     shapes = {"model.embed_tokens.weight": (sizes.vocab_size, hidden), "model.norm.weight": (hidden,)}
     for index in range(sizes.layers):
         shapes |= {f"model.layers.{index}.{name}.weight": shape for name, shape in layer.items()}
+    if sizes.per_layer_embeddings:
+        shapes["model.embed_tokens_per_layer.weight"] = (sizes.per_layer_embeddings,)
     if not tied:
         shapes["lm_head.weight"] = (sizes.vocab_size, hidden)
     return {name: TensorFact(dtype, shape) for name, shape in shapes.items()}
 
 
 def _number(config: Mapping[str, Any], *names: str) -> int | None:
-    return next((config[name] for name in names if isinstance(config.get(name), int)), None)
+    values = (config.get(name) for name in names)
+    firsts = (value[0] if isinstance(value, list) and value else value for value in values)  # one a layer
+    return next((value for value in firsts if isinstance(value, int)), None)

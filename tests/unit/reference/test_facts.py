@@ -92,6 +92,31 @@ def test_without_weights_the_config_implies_them(overrides: dict[str, Any], tmp_
     assert facts.num_parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("arcee", {}),
+        ("gemma4_text", {"vocab_size_per_layer_input": 320, "global_head_dim": 8}),
+        ("ernie4_5_moe", {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24}),
+    ],
+    ids=str,
+)
+def test_the_names_of_families_are_known(family: str, options: dict[str, Any], tmp_path: Path) -> None:
+    options = {"num_key_value_heads": 2, "head_dim": 8, "hidden_size_per_layer_input": 8} | options
+    model = tiny_model(family, **options)
+    model.config.save_pretrained(tmp_path)
+    facts = gather(tmp_path, reinit_weights=True).model
+    real = sum(parameter.numel() for parameter in model.parameters())
+    assert facts.num_parameters == pytest.approx(real, rel=0.08)
+
+
+@pytest.mark.parametrize("name", ["layers_block_type", "layer_types"])
+def test_layers_may_be_listed(name: str, tmp_path: Path) -> None:
+    config = {key: value for key, value in LLAMA.items() if key != "num_hidden_layers"}
+    listed = write_checkpoint(tmp_path / "listed", config | {name: ["moe", "attention"]})
+    assert gather(listed, reinit_weights=True).model.sizes.layers == 2
+
+
 def test_experts_are_counted_with_those_that_are_active(tmp_path: Path) -> None:
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
     model = gather(write_checkpoint(tmp_path / "moe", LLAMA | experts), reinit_weights=True).model
