@@ -15,8 +15,8 @@ from fiducial.data.batch import PackedBatch
 from fiducial.errors import CacheError, TrainingError
 from fiducial.logps import TokenLogps
 from fiducial.model.scoring import Scorer
+from fiducial.processes import from_first
 from fiducial.reference.cache import LogpStore, one_folder, score_reference
-from fiducial.reference.cache.processes import from_first
 from fiducial.reference.identity import Identity
 from fiducial.reference.sources import InitialPolicy
 from fiducial.reference.verify import check_unmoved, prove_reference

@@ -7,6 +7,7 @@ import torch
 from torch import distributed as dist
 
 from fiducial.errors import FiducialError, TrainingError
+from fiducial.processes import num_processes
 
 _GLOO_LOST = ("Connection closed by peer", "Connection reset by peer")
 """Gloo raises a bare RuntimeError; the second where the process ended with something of ours unread."""
@@ -48,11 +49,11 @@ def lost_process_explained() -> Iterator[None]:
 
 def _failures(own: Exception | None) -> list[Exception]:
     """What failed in the other processes, in their order. A collective call."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if num_processes() == 1:
         return []
     # The error itself may hold what cannot be sent; its kind and its words always can.
     told = None if own is None else (_kind(own), _words(own))
-    everyone: list[tuple[type[FiducialError] | None, str] | None] = [None] * dist.get_world_size()
+    everyone: list[tuple[type[FiducialError] | None, str] | None] = [None] * num_processes()
     dist.all_gather_object(everyone, told)
     return [
         (failed[0] or RuntimeError)(f"process {rank} failed: {failed[1]}")

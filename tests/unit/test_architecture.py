@@ -26,6 +26,7 @@ LAYERS = {
     "fiducial.sending": 3,
     "fiducial.compat": 3,
     "fiducial.agreement": 3,
+    "fiducial.processes": 3,
     "fiducial.data": 4,
     "fiducial.losses": 4,
     "fiducial.reference.describe": 5,

@@ -7,7 +7,7 @@ import torch
 
 from fiducial.agreement import all_or_none
 from fiducial.errors import DataError, ModelError
-from fiducial.reference.cache.processes import from_first
+from fiducial.processes import from_first
 from fiducial.reference.noise import Groups
 from fiducial.reference.verify import Proof
 

@@ -14,9 +14,9 @@ from fiducial.data.tokenize import TokenizedGroup
 from fiducial.errors import CacheError
 from fiducial.logps import TokenLogps
 from fiducial.model.scoring import Scorer
+from fiducial.processes import any_process
 from fiducial.reference.cache import LogpStore
 from fiducial.reference.cache.home import Tell
-from fiducial.reference.cache.processes import any_process
 from fiducial.reference.cache.scoring import FLUSH_SECONDS, put_logps
 from fiducial.reference.one_pass import Answer, BesidePolicy
 from fiducial.reference.sources import Precomputed, Reference

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from fiducial.agreement import all_or_none
 from fiducial.data.tokenize import TokenizedGroup
+from fiducial.processes import barrier, in_all, num_processes, rank
 from fiducial.reference.cache.one_folder import require_one_folder
 from fiducial.reference.cache.passes import Groups, look_up, require_all
-from fiducial.reference.cache.processes import barrier, in_all, num_processes, rank
 from fiducial.reference.cache.shards import Logps
 from fiducial.reference.cache.store import LogpStore
 from fiducial.reference.endpoint import Endpoint

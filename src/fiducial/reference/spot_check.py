@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 from fiducial.data.tokenize import TokenizedGroup
 from fiducial.model.scoring import Scorer
+from fiducial.processes import from_first
 from fiducial.reference.cache.passes import Groups
-from fiducial.reference.cache.processes import from_first
 from fiducial.reference.cache.scoring import ScoringReference
 from fiducial.reference.cache.store import LogpStore
 from fiducial.reference.noise import ALLOWANCE, NOISE_FACTOR, SERVED_ALLOWANCE

@@ -13,7 +13,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from fiducial.errors import ConfigError
 from fiducial.model.generation import make_savable
-from fiducial.reference.cache.processes import num_processes
+from fiducial.processes import num_processes
 from fiducial.training.checkpoints import NUM_PROCESSES, saved_callback_states
 from fiducial.training.metrics import MetricSums, Stopwatch, peak_memory
 from fiducial.training.objective import Objective

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from fiducial.logps import Comparison, Completions, SequenceLogps
-from fiducial.reference.cache.processes import num_processes
+from fiducial.processes import num_processes, rank
 
 
 def gather_numbers(numbers: Sequence[int], device: torch.device) -> list[list[int]]:
@@ -50,7 +50,7 @@ def gather_comparisons(parts: Sequence[Comparison]) -> tuple[list[Comparison], s
         for size, whole in zip(sizes, tables, strict=True)
         for piece in torch.split(whole[: sum(size)], size)
     ]
-    first = dist.get_rank() * len(parts)
+    first = rank() * len(parts)
     return everyone, slice(first, first + len(parts))
 
 

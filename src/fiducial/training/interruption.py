@@ -7,9 +7,9 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any
 
-import torch
-from torch import distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from fiducial.processes import any_process
 
 
 class Interrupted(KeyboardInterrupt):
@@ -43,7 +43,7 @@ class Interruption(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Every process stops at the same step, though the signal may reach them at different ones."""
-        if self._agreed(args.device):
+        if any_process(self.requested, args.device):
             self.stopped_at = state.global_step
             control.should_save = control.should_training_stop = True
         return control
@@ -78,10 +78,3 @@ class Interruption(TrainerCallback):
             # Not by `print`: the signal may have come while Python was writing, and cannot write in between.
             with suppress(OSError):  # nobody reads it
                 os.write(2, _STOPPING)
-
-    def _agreed(self, device: torch.device) -> bool:
-        if not (dist.is_initialized() and dist.get_world_size() > 1):
-            return self.requested
-        requests = torch.tensor(int(self.requested), device=device)
-        dist.all_reduce(requests, op=dist.ReduceOp.MAX)
-        return bool(requests.item())

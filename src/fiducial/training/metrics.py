@@ -35,6 +35,7 @@ from torch import distributed as dist
 
 from fiducial.logps import ENTROPY, Comparison, has_float64
 from fiducial.losses.output import LossOutput
+from fiducial.processes import num_processes
 
 METRICS = (
     "loss",
@@ -102,7 +103,7 @@ class MetricSums:
 
     def reduce(self) -> None:
         """Add up over processes, which all count the same metrics."""
-        if dist.is_initialized() and dist.get_world_size() > 1 and self.totals:
+        if num_processes() > 1 and self.totals:
             names = sorted(self.totals)
             table = torch.stack([self.totals[name] for name in names])
             dist.all_reduce(table)

@@ -23,7 +23,7 @@ from fiducial.losses.output import LossOutput
 from fiducial.model.mode import evaluating
 from fiducial.model.randomness import Replay
 from fiducial.model.scoring import Scorer
-from fiducial.reference.cache.processes import num_processes
+from fiducial.processes import num_processes
 from fiducial.reference.one_pass import beside_policy
 from fiducial.reference.sources import LiveReference, Reference
 from fiducial.training.gather import gather_comparisons, gather_mean

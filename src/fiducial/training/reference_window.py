@@ -13,10 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from fiducial.data.tokenize import TokenizedGroup
+from fiducial.processes import from_first, rank
 from fiducial.reference.cache import LogpStore, score_reference
 from fiducial.reference.cache.home import Tell
 from fiducial.reference.cache.places import is_identity
-from fiducial.reference.cache.processes import from_first, rank
 from fiducial.reference.identity import Identity
 from fiducial.reference.kept import Kept
 from fiducial.reference.moving import Follower, state_digest

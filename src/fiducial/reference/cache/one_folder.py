@@ -5,7 +5,7 @@ import time
 
 from fiducial.agreement import all_or_none
 from fiducial.errors import CacheError
-from fiducial.reference.cache.processes import from_first, num_processes, rank
+from fiducial.processes import from_first, num_processes, rank
 from fiducial.reference.cache.store import LogpStore
 
 PATIENCE_SECONDS = 10.0

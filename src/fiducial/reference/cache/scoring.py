@@ -13,6 +13,7 @@ from fiducial.data.tokenize import TokenizedGroup
 from fiducial.errors import TrainingError
 from fiducial.logps import TokenLogps
 from fiducial.model.scoring import Scorer
+from fiducial.processes import barrier, from_first, in_all, num_processes, rank
 from fiducial.reference.cache.one_folder import require_one_folder
 from fiducial.reference.cache.passes import (
     Groups,
@@ -23,7 +24,6 @@ from fiducial.reference.cache.passes import (
     require_all,
     take,
 )
-from fiducial.reference.cache.processes import barrier, from_first, in_all, num_processes, rank
 from fiducial.reference.cache.shards import Logps
 from fiducial.reference.cache.store import LogpStore
 

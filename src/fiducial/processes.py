@@ -1,4 +1,4 @@
-"""The processes of a run, where they fill a cache together: every place at which they wait for each other."""
+"""The processes of a run: how many there are, and every place at which they wait for an answer of all."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -67,4 +67,4 @@ def from_first(make: Callable[[], _T]) -> _T:
 
 
 def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
