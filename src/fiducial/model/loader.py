@@ -83,6 +83,11 @@ class ModelLoader:
         if cfg.model.unfrozen_parameters is not None:
             unfreeze(model, cfg.model.unfrozen_parameters, precision.adapter)
         if cfg.model.gradient_checkpointing:
+            if not base.supports_gradient_checkpointing:
+                raise ModelError(
+                    f"gradient_checkpointing: {type(base).__name__} cannot compute its layers again. Remove "
+                    "it, and take a smaller micro_batch_tokens where memory is short."
+                )
             options = {"use_reentrant": False} | cfg.model.gradient_checkpointing_kwargs
             compat.enable_gradient_checkpointing(model, options)
         return model, model.peft_config[adapters.POLICY_ADAPTER] if isinstance(model, PeftModel) else None

@@ -188,6 +188,13 @@ def test_gradient_checkpointing_is_not_reentrant(base: Path) -> None:
     assert policy.model.layers[0]._gradient_checkpointing_func.keywords["use_reentrant"] is False
 
 
+def test_a_model_that_cannot_recompute_its_layers_is_named(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, "ctrl")
+
+    with pytest.raises(ModelError, match="gradient_checkpointing: CTRLLMHeadModel cannot"):
+        load(run(tmp_path, gradient_checkpointing=True))
+
+
 def damage_truncate(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:20_000])
