@@ -24,6 +24,8 @@ from fiducial.config.schema import RunConfig
 
 SECONDS = 3.0
 """Several times what a slow line needs; a name that the resolver waits for counts too."""
+_HOLDS_SECONDS = 60.0
+"""How long an answer holds."""
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 _FOUND: ContextVar[str | None] = ContextVar("found", default=None)
 """Why it was we who set HF_HUB_OFFLINE, and not the user."""
@@ -89,11 +91,20 @@ def unreachable() -> str | None:
     HF_HUB_OFFLINE=0 means that the user knows better, and nothing is tried. The answer holds for a minute, so
     that who goes online need not restart a notebook.
     """
-    return _unreachable(int(time.monotonic() // 60))
+    asked, answer = _last_answer()
+    if time.monotonic() - asked > _HOLDS_SECONDS:
+        _last_answer.cache_clear()
+        _, answer = _last_answer()
+    return answer
 
 
 @cache
-def _unreachable(minute: int) -> str | None:
+def _last_answer() -> tuple[float, str | None]:
+    """When it was asked, and what came of it."""
+    return time.monotonic(), _ask_or_be_told()
+
+
+def _ask_or_be_told() -> str | None:
     if (said := _said()) is not None:
         switched_off = said.upper() in ("1", "ON", "YES", "TRUE")
         return (_FOUND.get() or "HF_HUB_OFFLINE is set") if switched_off else None
