@@ -238,10 +238,13 @@ def report(*comparisons: dict[str, object]) -> dict[str, object]:
     return made | {"comparisons": list(comparisons)}
 
 
-def test_a_table_s_ratios_are_to_its_first_row(tmp_path: Path) -> None:
+def test_a_comparison_is_a_row_with_its_ratios_to_trl_s_default_and_best(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(json.dumps(report(comparison())))
     page = tables.page("before\n<!-- results -->\nold\n<!-- end -->\nafter\n", results=tmp_path)
-    assert "| Fiducial | 2 | 3.0× | 1 | 1.0× |" in page
+    assert (
+        "| dpo, x, float32 | 0.667 (1) | 1.33 (1) | 2 (1) | 3.0× (1.0×) | 1.5× | 0.00 GiB | 25% | 0.50 |"
+        in page
+    )
     assert "25% are padding, 10% prompts once more" in page
     assert "old" not in page
     assert page.startswith("before")

@@ -10,7 +10,6 @@ from torch import Tensor
 import oracles
 from comparing import comparison
 from fiducial.config.methods import APOZeroUnpairedConfig, KTOConfig
-from fiducial.errors import ConfigError
 from fiducial.logps import Comparison, SequenceLogps
 from fiducial.losses import build_loss
 from fiducial.losses.kto import reference_point
@@ -138,12 +137,6 @@ def test_a_weight_of_zero_silences_its_kind(config: type) -> None:
     silent = worked(config(undesirable_weight=0.0), point=0.5).loss
     assert (silent[:2] > 0).all()
     assert silent[2:].tolist() == [0.0, 0.0]
-
-
-@BOTH
-def test_two_weights_of_zero_are_an_error(config: type) -> None:
-    with pytest.raises(ConfigError, match="kto_desirable_weight, kto_undesirable_weight"):
-        build_loss(config(desirable_weight=0, undesirable_weight=0))
 
 
 def test_the_reference_point_carries_no_gradient_into_the_step() -> None:

@@ -46,6 +46,7 @@ def test_a_weight_that_is_not_there_is_called_missing(
     trainer = build_trainer(tmp_path / "out", model=tiny_model(tie_word_embeddings=True))
     with heard(caplog):
         trainer.load_weights(tmp_path / "saved")
-    assert caplog.messages == [
+    # Once, or twice where an earlier test has let transformers' logger pass on what it hears.
+    assert set(caplog.messages) == {
         "There were missing keys in the checkpoint model loaded: ['model.norm.weight']."
-    ]
+    }
