@@ -25,6 +25,7 @@ from fiducial.model.attention import PACKED, register
 from fiducial.model.mode import evaluating
 from fiducial.model.redirection import causal_lm
 from fiducial.model.scoring import Scorer, set_attention, stock_attention
+from fiducial.model.text_path import reads_text_alone
 
 _ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 _TOKENWISE_LAYERS = frozenset({"mlp", "moe"})
@@ -111,7 +112,7 @@ def _ask(model: PreTrainedModel) -> None:
 
 def _require_causal(model: PreTrainedModel) -> None:
     """Raise `ModelError` where a model that reads pictures too reads text in both directions."""
-    if model.config.get_text_config() is model.config:
+    if reads_text_alone(model):
         return
     ids = torch.arange(8, device=model.device)[None]
     other = torch.cat([ids[:, :-1], ids[:, -1:] + 1], 1)

@@ -11,9 +11,14 @@ from transformers import PreTrainedModel
 from fiducial.model.logit_rule import backbone
 
 
+def reads_text_alone(model: PreTrainedModel) -> bool:
+    """Whether there are neither towers nor what joins them: its config has no part for text of its own."""
+    return model.config.get_text_config() is model.config
+
+
 def beside_text(model: PreTrainedModel) -> list[str]:
     """Names of the outermost modules with weights that text does not meet; none in a model of text alone."""
-    if model.config.get_text_config() is model.config:
+    if reads_text_alone(model):
         return []
     meets = [part for part in (backbone(model), model.get_output_embeddings()) if part is not None]
     reached = {id(parameter) for part in meets for parameter in part.parameters()}

@@ -97,9 +97,10 @@ class Endpoint:
                 return self._post(body)
             except _PassingError as error:
                 if attempt + 1 == self.attempts:
-                    raise self._unanswered(
+                    raise self._error(
                         f"did not answer in {self.attempts} tries, last: {error}. What it has answered "
-                        "so far is in the cache, and a new start goes on from there"
+                        "so far is in the cache, and a new start goes on from there",
+                        ServerError,
                     ) from error
                 self.sleep(min(2.0**attempt if error.wait is None else error.wait, _LONGEST_WAIT))
         raise AssertionError("at least one try")
@@ -117,8 +118,8 @@ class Endpoint:
         except urllib.error.HTTPError as error:
             said = error.read(500).decode(errors="replace").strip()
             if error.code not in _PASSING:
-                raise self._unanswered(
-                    f"answers {error.code} {error.reason}: {said}{_hint(error.code)}"
+                raise self._error(
+                    f"answers {error.code} {error.reason}: {said}{_hint(error.code)}", ServerError
                 ) from error
             raise _PassingError(f"{error.code} {error.reason}: {said}", _asked_wait(error)) from error
         except json.JSONDecodeError as error:
@@ -126,11 +127,8 @@ class Endpoint:
         except (OSError, http.client.HTTPException) as error:
             raise _PassingError(str(error) or type(error).__name__) from error
 
-    def _unanswered(self, what: str) -> ServerError:
-        return ServerError(f"reference.endpoint: {self.url} ({self.model}) {what}.")
-
-    def _error(self, what: str) -> ModelError:
-        return ModelError(f"reference.endpoint: {self.url} ({self.model}) {what}.")
+    def _error(self, what: str, kind: type[ModelError] = ModelError) -> ModelError:
+        return kind(f"reference.endpoint: {self.url} ({self.model}) {what}.")
 
 
 def _read(choice: Mapping[str, Any], ids: Sequence[int]) -> npt.NDArray[np.float32] | str:
