@@ -48,8 +48,8 @@ def choose_reading(
     work = RowTokenizer(config.path, format_.read, fields, tokenize, format_.scores or read_scores)
     account = DatasetAudit(config.path, name)
     account.unread_columns = [column for column in columns if column not in fields.columns.values()]
-    for column in MEDIA.intersection(account.unread_columns):
-        if any(row.get(column) for row in rows):
+    for column in account.unread_columns:
+        if column in MEDIA and any(row.get(column) for row in rows):
             account.notes.append(
                 f"answers about what is in '{column}' are learnt without it: text alone is read"
             )
