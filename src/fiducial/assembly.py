@@ -7,7 +7,8 @@ from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from fiducial.moving_run import Moving, let_it_move
-from fiducial.prepare import Policy, ProvedReference, Run, build_objective, is_first_process
+from fiducial.prepare import Policy, ProvedReference, Run, build_objective
+from fiducial.processes import is_first_process
 from fiducial.record_keeping import RecordKeeper, answers, record_of
 from fiducial.reference.kept import Kept
 from fiducial.reference.moving import state_digest

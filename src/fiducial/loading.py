@@ -1,7 +1,6 @@
 """What is known of a run before weights are loaded, and its models loaded for scoring."""
 
 import gc
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +27,7 @@ from fiducial.model.quantisation import is_quantised
 from fiducial.model.scoring import Scorer
 from fiducial.model.tokenizer import load_tokenizer
 from fiducial.policy_base import identify_base, require_same_base
+from fiducial.processes import is_first_process
 from fiducial.reference.facts import Facts, gather_facts
 from fiducial.reference.identity import Identity
 from fiducial.reference.kinds import ReferencePlan, Schedule, Source
@@ -105,11 +105,6 @@ def read_run(
 def main_console() -> Console:
     """One process of a distributed run speaks for all of them."""
     return Console(quiet=not is_first_process())
-
-
-def is_first_process() -> bool:
-    """Whether this process writes and speaks for the others."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 @memory_explained("loading the model")

@@ -18,7 +18,6 @@ from fiducial.loading import (
     Policy,
     Run,
     free_memory,
-    is_first_process,
     load_exact_model,
     load_policy,
     load_second_model,
@@ -30,6 +29,7 @@ from fiducial.logps import ENTROPY
 from fiducial.losses import build_loss
 from fiducial.model.held_once import share_frozen_weights
 from fiducial.model.scoring import Scorer
+from fiducial.processes import is_first_process
 from fiducial.reference.approximation import Approximation, measure_approximation
 from fiducial.reference.cache import LogpStore
 from fiducial.reference.everywhere import require_same_everywhere
@@ -68,7 +68,6 @@ __all__ = [
     "ScoredAhead",
     "build_objective",
     "identify_reference",
-    "is_first_process",
     "load_policy",
     "load_second_model",
     "main_console",

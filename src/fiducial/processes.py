@@ -1,5 +1,6 @@
 """The processes of a run: how many there are, and every place at which they wait for an answer of all."""
 
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -9,6 +10,11 @@ import torch.distributed as dist
 from fiducial.errors import FiducialError
 
 _T = TypeVar("_T")
+
+
+def is_first_process() -> bool:
+    """Whether this process writes and speaks for the others: known before they have met."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def rank() -> int:

@@ -14,7 +14,8 @@ from fiducial.data.split import contents, in_order
 from fiducial.data.tokenize import TokenizedGroup
 from fiducial.model.precision import resolve_precision
 from fiducial.policy_base import identify_base
-from fiducial.prepare import Policy, ProvedReference, Run, is_first_process
+from fiducial.prepare import Policy, ProvedReference, Run
+from fiducial.processes import is_first_process
 from fiducial.reference.verify import Proof
 from fiducial.run_record import Answers, RunRecord, trained_by
 

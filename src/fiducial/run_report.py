@@ -12,7 +12,8 @@ import torch
 
 from fiducial.data.dataset import TokenizedDataset
 from fiducial.model.precision import resolve_precision
-from fiducial.prepare import Policy, ProvedReference, Run, is_first_process
+from fiducial.prepare import Policy, ProvedReference, Run
+from fiducial.processes import is_first_process
 from fiducial.record_keeping import held_out, trained_on
 from fiducial.reference.describe import plan_report, render_plan
 from fiducial.reference.fill import warn

@@ -22,13 +22,13 @@ from fiducial.prepare import (
     Policy,
     ProvedReference,
     Run,
-    is_first_process,
     load_policy,
     main_console,
     prove,
     read_run,
     score_ahead,
 )
+from fiducial.processes import is_first_process
 from fiducial.reference.kept import measured, written_at_the_end
 from fiducial.reference.kinds import ReferencePlan
 from fiducial.reference.moving import MOVED_FOLDER, save_follower

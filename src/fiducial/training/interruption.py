@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from fiducial.processes import any_process
+from fiducial.processes import any_process, is_first_process
 
 
 class Interrupted(KeyboardInterrupt):
@@ -74,7 +74,7 @@ class Interruption(TrainerCallback):
         self.requested = True
         # After Ctrl-C SIGTERM is given back as well: a launcher that is sent Ctrl-C again sends that on.
         self._give_back(signal.SIGINT, *([] if number == signal.SIGTERM else [signal.SIGTERM]))
-        if os.environ.get("RANK", "0") == "0":
+        if is_first_process():
             # Not by `print`: the signal may have come while Python was writing, and cannot write in between.
             with suppress(OSError):  # nobody reads it
                 os.write(2, _STOPPING)
